@@ -1,0 +1,33 @@
+"""A short name for the exact weights of a model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+SAMPLES = 1024
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change with any tensor's name, shape or (sampled) values.
+
+    At most 1,024 evenly spaced values of every tensor enter, rounded to bf16, so a base loaded in fp32 and in bf16
+    has one fingerprint and an 8B model takes about a second. A quantised copy has another. Adapter parameters and
+    what PEFT adds to names are left out: the fingerprint of an adapted model is its base's.
+    """
+    digest = hashlib.sha256()
+    tensors = {}
+    for name, tensor in model.named_parameters():
+        parts = name.split(".")
+        if not any(part.startswith(("lofit_", "lora_", "ia3_", "beft_")) for part in parts):
+            # wrapped: base_model.model.model.layers.0...o_proj.base_layer.weight; bare: model.layers.0...o_proj.weight
+            tensors[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = tensor
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        picked = flat[torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device).long()]
+        values = picked.to("cpu", torch.bfloat16 if picked.is_floating_point() else torch.int64)
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""LoFiT and the methods a user would try instead, each tuned on the same base with the same rows and loss."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import LofitConfig
+from .iti import iti_adapter, iti_probe
+from .red import red_model
+from .selection import HeadSelection, grid, layer_matched_heads, learned_scores, random_heads, top_heads
+from .stages import fit, fit_scales
+from .trainer import LofitDPOConfig, LofitSFTConfig
+
+logger = logging.getLogger(__name__)
+
+ARMS = ("lofit", "random", "layer_matched", "offset_norm", "all", "sft", "iti", "lora", "red")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arms need beyond the trainer's arguments, whose `learning_rate` is that of the offsets.
+
+    Attributes:
+        ks: numbers of heads; the first is the main one.
+        arms: which of `ARMS` to run.
+        selection_learning_rate, l1_lambda: of stage 1.
+        init_std: of scales and offsets.
+        draws: random choices of heads per `k`.
+        lora_learning_rate, red_learning_rate: theirs, chosen like LoFiT's, on dev.
+        iti_alphas: strengths among which ITI chooses on dev.
+        heads: given heads instead of learned ones.
+    """
+
+    ks: tuple[int, ...]
+    arms: tuple[str, ...] = ARMS
+    selection_learning_rate: float = 5e-3
+    l1_lambda: float = 5e-4
+    init_std: float = 1e-3
+    draws: int = 3
+    lora_learning_rate: float = 1e-3
+    red_learning_rate: float = 1e-2
+    iti_alphas: tuple[float, ...] = (2.0, 5.0, 10.0, 15.0, 20.0)
+    heads: HeadSelection | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One tuned model, valid until the iterator moves on.
+
+    Attributes:
+        name: "lofit", "random", ... ; with `k` and `draw` (0 where there is only one) it names the arm.
+        seconds: of training, selection included.
+    """
+
+    name: str
+    model: PeftModel
+    trained: int
+    seconds: float
+    k: int | None = None
+    draw: int = 0
+    heads: list[tuple[int, int]] | None = None
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def arm_key(name: str, k: int | None = None, draw: int = 0) -> str:
+    """`random_k5_draw1`: the arm's folder and its key in the results."""
+    return name + (f"_k{k}" if k is not None else "") + (f"_draw{draw}" if draw else "")
+
+
+def train_arms(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: LofitSFTConfig | LofitDPOConfig,
+    settings: Settings,
+    out_dir: Path,
+    *,
+    data_fingerprint: str,
+    score: Callable[[PeftModel], float],
+    truth_rows: tuple[Dataset, LofitSFTConfig] | None = None,
+    done: Collection[str] = (),
+) -> Iterator[Arm]:
+    """Tune every arm in turn on one base.
+
+    Args:
+        base: wrapped for each arm and bare again after it.
+        rows: training rows of the loss that `args` stands for.
+        args: the trainer's arguments; `seed` also draws random heads.
+        out_dir: one folder per arm; finished ones are loaded, interrupted ones continued.
+        score: dev score of a model, higher is better; ITI chooses its strength by it.
+        truth_rows: prompt/completion rows and arguments for the arm "sft" (same heads, fine-tuned on the truth only).
+        done: keys (`arm_key`) whose arms need not be made again.
+    """
+    seed = args.seed
+    heads_per_layer = grid(base)
+
+    def wanted(name: str, k: int | None = None, draw: int = 0) -> bool:
+        return name in settings.arms and arm_key(name, k, draw) not in done
+
+    def offsets(heads: list[tuple[int, int]] | None) -> LofitConfig:
+        return LofitConfig(heads=heads, init_std=settings.init_std, task_type="CAUSAL_LM")
+
+    def tune(
+        name: str,
+        config: PeftConfig | None,
+        k: int | None = None,
+        draw: int = 0,
+        selected: float = 0.0,
+        **changes: float,
+    ) -> Iterator[Arm]:
+        train_rows, train_args = truth_rows if name == "sft" and truth_rows is not None else (rows, args)
+        model = red_model(base) if name == "red" else base
+        changes = {"l1_lambda": 0.0, "seed": seed, "learning_rate": args.learning_rate, **changes}
+        result = fit(
+            model, tokenizer, train_rows, train_args, out_dir / arm_key(name, k, draw), peft_config=config, **changes
+        )
+        heads = config.heads if isinstance(config, LofitConfig) else None
+        yield Arm(name, result.model, result.trained, result.seconds + selected, k, draw, heads, result.log)
+        result.model.unload()
+
+    selection_seconds = 0.0
+    if settings.heads is not None:
+        settings.heads.check_base(base)
+        chosen = {settings.heads.k: settings.heads.heads}
+    else:
+        start = time.perf_counter()
+        selection = fit_scales(
+            base,
+            tokenizer,
+            rows,
+            args,
+            out_dir / "selection",
+            k=max(settings.ks),
+            data_fingerprint=data_fingerprint,
+            init_std=settings.init_std,
+            learning_rate=settings.selection_learning_rate,
+            l1_lambda=settings.l1_lambda,
+        )
+        selection_seconds = time.perf_counter() - start
+        chosen = {k: top_heads(selection.scores, k) for k in settings.ks}
+
+    for k, heads in chosen.items():
+        if wanted("lofit", k):
+            yield from tune("lofit", offsets(heads), k, selected=selection_seconds)
+    for k, heads in chosen.items():
+        for draw in range(1, settings.draws + 1):
+            number = 1000 * seed + draw
+            if wanted("random", k, draw):
+                yield from tune("random", offsets(random_heads(heads_per_layer, k, number)), k, draw)
+            if wanted("layer_matched", k, draw):
+                yield from tune("layer_matched", offsets(layer_matched_heads(heads_per_layer, heads, number)), k, draw)
+
+    main_k, main_heads = next(iter(chosen.items()))
+    if wanted("all"):
+        yield from tune("all", offsets(None))
+    if wanted("offset_norm", main_k):
+        everything = fit(
+            base, tokenizer, rows, args, out_dir / arm_key("all"), peft_config=offsets(None), l1_lambda=0.0, seed=seed
+        )  # loaded, where the arm "all" has just run
+        norms = learned_scores(everything.model, "offset")
+        everything.model.unload()
+        yield from tune("offset_norm", offsets(top_heads(norms, main_k)), main_k, selected=everything.seconds)
+    if truth_rows is not None and wanted("sft", main_k):
+        yield from tune("sft", offsets(main_heads), main_k, selected=selection_seconds)
+    if wanted("lora"):
+        lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")  # PEFT's targets: the query and value projections
+        yield from tune("lora", lora, learning_rate=settings.lora_learning_rate)
+    if wanted("red"):
+        yield from tune("red", None, learning_rate=settings.red_learning_rate)
+    if wanted("iti", main_k):
+        if "rejected" not in rows.column_names:
+            logger.warning("ITI is left out: it needs false answers, and these rows have none")
+        else:
+            yield from iti_arm(base, tokenizer, rows, settings.iti_alphas, main_k, seed, score)
+
+
+def iti_arm(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    alphas: tuple[float, ...],
+    k: int,
+    seed: int,
+    score: Callable[[PeftModel], float],
+) -> Iterator[Arm]:
+    """ITI on the `k` heads whose probes do best, at the strength that scores best on dev."""
+    start = time.perf_counter()
+    texts = [f"{row['prompt']}{row[column]}" for row in rows for column in ("chosen", "rejected")]
+    groups = [row["group"] for row in rows for _ in range(2)]
+    probe = iti_probe(base, tokenizer, texts, [1, 0] * len(rows), groups, seed=seed)
+    heads = top_heads(probe.accuracy, k)
+    results = {}
+    for alpha in alphas:
+        model = iti_adapter(base, probe, heads, alpha)
+        results[alpha] = score(model)
+        model.unload()
+    model = iti_adapter(base, probe, heads, max(results, key=lambda alpha: results[alpha]))
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield Arm(
+        "iti", model, trained, seconds, k, 0, sorted(heads), [{"alpha": a, "dev": s} for a, s in results.items()]
+    )
+    model.unload()

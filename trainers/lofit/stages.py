@@ -1,0 +1,130 @@
+"""Run one fit, or the two stages of LoFiT, so that an interrupted one continues and a finished one is not repeated."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+
+from ...files import write_atomically
+from ..checkpoints import newest_complete_checkpoint
+from ..fingerprint import model_fingerprint
+from .config import LofitConfig
+from .selection import HeadSelection, learned_scores, top_heads
+from .trainer import LofitDPOConfig, LofitDPOTrainer, LofitSFTConfig, LofitSFTTrainer
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished fit: the tuned model, its training log and what it cost."""
+
+    model: PeftModel
+    log: list[dict[str, float]]
+    seconds: float
+    trained: int
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: LofitSFTConfig | LofitDPOConfig,
+    out_dir: str | Path,
+    *,
+    peft_config: PeftConfig | None = None,
+    **changes: Any,
+) -> Fit:
+    """Train one adapter in `out_dir`; continue from the newest complete checkpoint there, or load a finished one.
+
+    Args:
+        model: the base model (it is wrapped in place; `Fit.model.unload()` gives it back), or a `PeftModel`.
+        rows: prompt/completion rows for an SFT config, prompt/chosen/rejected rows for a DPO config.
+        args: copied, never changed.
+        changes: fields of `args` that differ for this fit (`learning_rate=...`, `l1_lambda=...`, `seed=...`).
+    """
+    out_dir = Path(out_dir)
+    args = copy.copy(args)
+    for name, value in {**changes, "output_dir": str(out_dir)}.items():
+        if name not in type(args).__dataclass_fields__:
+            raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
+        setattr(args, name, value)
+
+    if (out_dir / FINISHED).exists() and peft_config is not None:
+        done = json.loads((out_dir / FINISHED).read_text())
+        tuned = PeftModel.from_pretrained(model, out_dir)
+        return Fit(tuned, done["log"], done["seconds"], done["trained"])
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    forward = vars(base).get("forward")
+    trainer_class: Any = LofitDPOTrainer if isinstance(args, LofitDPOConfig) else LofitSFTTrainer
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+    )
+    if args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+    seconds = time.perf_counter() - start
+    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # TRL has put its fused head around the base's forward; taken off again, arm after arm can use the same base.
+    vars(base).pop("forward", None)
+    if forward is not None:
+        base.forward = forward
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    if peft_config is not None:
+        trainer.save_model(str(out_dir))
+        if trainer.is_world_process_zero():
+            done = {"log": trainer.state.log_history, "seconds": seconds, "trained": trained}
+            write_atomically(out_dir / FINISHED, json.dumps(done))
+    return Fit(tuned, trainer.state.log_history, seconds, trained)
+
+
+def fit_scales(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: LofitSFTConfig | LofitDPOConfig,
+    out_dir: str | Path,
+    *,
+    k: int,
+    data_fingerprint: str,
+    init_std: float = 1e-3,
+    **changes: Any,
+) -> HeadSelection:
+    """Stage 1 (paper, 3.1): fit a scale for every head under an L1 penalty, keep the `k` of largest 2-norm.
+
+    Writes `heads.json`; when it is there already, it is read and checked instead.
+
+    Returns:
+        The selection; `model` is the bare base again.
+
+    Raises:
+        ValueError: the `heads.json` found was made on another base or other rows.
+    """
+    path = Path(out_dir) / "heads.json"
+    if path.exists():
+        found = HeadSelection.load(path)
+        found.check_base(model)
+        if found.data_fingerprint != data_fingerprint:
+            raise ValueError(
+                f"{path} was selected on other training rows ({found.data_fingerprint}, now {data_fingerprint}); "
+                "use another output folder"
+            )
+        return replace(found, heads=top_heads(found.scores, k), k=k)
+    base = model_fingerprint(model)
+    config = LofitConfig(component="scale", init_std=init_std, task_type="CAUSAL_LM")
+    stage = fit(model, tokenizer, rows, args, out_dir, peft_config=config, **changes)
+    scores = learned_scores(stage.model, "scale")
+    stage.model.unload()
+    selection = HeadSelection(top_heads(scores, k), scores, k, args.seed, "learned", base, data_fingerprint)
+    selection.save(path)
+    return selection

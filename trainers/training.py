@@ -1,0 +1,73 @@
+"""What every trainer here does alike: choose device and precision, and stop when numbers stop being numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import is_bf16_available
+from transformers import Trainer
+
+
+class NonFiniteError(FloatingPointError):
+    """Loss or weights became NaN or infinite."""
+
+
+@dataclass
+class HouseArguments:
+    """Defaults that differ from TRL's. Put it before TRL's config: `class XConfig(HouseArguments, SFTConfig)`."""
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast; None: on where an accelerator supports it, off on CPU (TRL: on)."},
+    )
+    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "None: only with an accelerator (transformers: always, with a warning on CPU)."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "TRL: on. Small adapters need few activations, and checkpointing recomputes the frozen part."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "transformers: on, which logs a NaN loss as 0. Here a NaN loss stops the run."},
+    )
+
+    def __post_init__(self) -> None:
+        accelerator = torch.accelerator.is_available() and not self.use_cpu  # type: ignore[attr-defined]
+        if self.bf16 is None:
+            self.bf16 = accelerator and not self.fp16 and is_bf16_available()  # type: ignore[attr-defined]
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = accelerator
+        super().__post_init__()  # type: ignore[misc]
+
+
+class FiniteTrainer(Trainer):
+    """Mixin before a TRL trainer: a non-finite loss or gradient step ends the run with the step and the way out.
+
+    The loss is checked after every micro-batch (the Trainer's own NaN filter, which is off here, costs the same), the
+    trained weights before anything is saved, so a checkpoint never holds NaN.
+    """
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} "
+                f"(learning rate {self.args.learning_rate:g}). Lower --learning_rate, check --max_grad_norm, or train "
+                "in fp32 (--bf16 false); the last checkpoint is still good."
+            )
+        return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise NonFiniteError(
+                    f"{name} holds NaN or infinite values after step {self.state.global_step}; nothing was saved. "
+                    "Lower --learning_rate and resume from the last checkpoint."
+                )
+        super().save_model(*args, **kwargs)
