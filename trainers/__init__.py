@@ -1,0 +1,21 @@
+"""The methods: PEFT tuners, TRL trainers, search. Names load when first used: importing this package is quick."""
+
+from importlib import import_module
+
+_MODULES = {
+    "HeadSelection": "lofit",
+    "LofitConfig": "lofit",
+    "LofitDPOConfig": "lofit",
+    "LofitDPOTrainer": "lofit",
+    "LofitSFTConfig": "lofit",
+    "LofitSFTTrainer": "lofit",
+    "export_merged": "lofit",
+    "newest_complete_checkpoint": "checkpoints",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

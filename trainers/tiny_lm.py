@@ -51,9 +51,9 @@ class TinyConfig:
     tokenizer: Literal["word", "byte"] = "word"
     hidden_size: int = 96
     intermediate_size: int = 192
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
+    layers: int = 4
+    heads: int = 12
+    kv_heads: int = 6
     head_dim: int = 10
     max_length: int = 2048
     steps: int = 450
@@ -83,7 +83,8 @@ def tiny_lm(
     Args:
         corpus: documents, without special tokens.
         seed: of the initial weights and of the order of the documents.
-        focus: tokens as they stand in the text (with their leading space) that carry what is to be learned.
+        focus: tokens as they stand in the text (with their leading space) that carry what is to be learned. They are
+            in the vocabulary even if no document has them.
         cache_dir: default `$STEERBOOK_CACHE`, else `~/.cache/steerbook`.
 
     Raises:
@@ -108,7 +109,7 @@ def tiny_lm(
             return folder
         shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
         try:
-            tokenizer = build_tokenizer(corpus, config.tokenizer)
+            tokenizer = build_tokenizer([*corpus, *focus], config.tokenizer)
             weights = token_weights(tokenizer, focus, config.unfocused_weight)
             model = new_model(tokenizer, config, seed)
             losses = train(model, tokenizer, corpus, weights, config, seed, progress)
@@ -175,7 +176,7 @@ def token_weights(tokenizer: PreTrainedTokenizerFast, focus: Collection[str], un
     for word in focus:
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(f"the focus word {word!r} is no token of the corpus (is its leading space missing?)")
+            raise ValueError(f"the focus word {word!r} is not one token (like ' heron', with its space)")
         weights[ids[0]] = 1.0
     return weights
 

@@ -38,11 +38,16 @@ class HouseArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.trust_remote_code:  # type: ignore[attr-defined]
+            raise ValueError("trust_remote_code is not allowed: a recipe never runs code that comes with a model")
         accelerator = torch.accelerator.is_available() and not self.use_cpu  # type: ignore[attr-defined]
         if self.bf16 is None:
             self.bf16 = accelerator and not self.fp16 and is_bf16_available()  # type: ignore[attr-defined]
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = accelerator
+        if "activation_checkpointing" in self.__dataclass_fields__:  # transformers' new name; the old one alone warns
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]
 
 

@@ -15,40 +15,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import LofitConfig
 from .iti import iti_adapter, iti_probe
 from .red import red_model
-from .selection import HeadSelection, grid, layer_matched_heads, learned_scores, random_heads, top_heads
+from .selection import HeadSelection, check_k, grid, layer_matched_heads, learned_scores, random_heads, top_heads
 from .stages import fit, fit_scales
 from .trainer import LofitDPOConfig, LofitSFTConfig
 
 logger = logging.getLogger(__name__)
 
-ARMS = ("lofit", "random", "layer_matched", "offset_norm", "all", "sft", "iti", "lora", "red")
+DRAWN = ("random", "layer_matched")
+ARMS = ("lofit", "random", "layer_matched", "offset_norm", "all", "other", "iti", "lora", "red")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the arms need beyond the trainer's arguments, whose `learning_rate` is that of the offsets.
+@dataclass
+class ArmArguments:
+    """Which arms to run, on how many heads, with which arguments. The trainer's `learning_rate` is the offsets'."""
 
-    Attributes:
-        ks: numbers of heads; the first is the main one.
-        arms: which of `ARMS` to run.
-        selection_learning_rate, l1_lambda: of stage 1.
-        init_std: of scales and offsets.
-        draws: random choices of heads per `k`.
-        lora_learning_rate, red_learning_rate: theirs, chosen like LoFiT's, on dev.
-        iti_alphas: strengths among which ITI chooses on dev.
-        heads: given heads instead of learned ones.
-    """
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": f"Which methods to run: {', '.join(ARMS)}."}
+    )
+    heads_percent: list[float] = field(
+        default_factory=lambda: [10.0, 2.0],
+        metadata={"help": "How many heads, in per cent; the first is the main one."},
+    )
+    k: list[int] | None = field(default=None, metadata={"help": "How many heads, as numbers instead of per cent."})
+    heads_file: str | None = field(default=None, metadata={"help": "A heads.json to use; nothing is selected then."})
+    draws: int = field(default=3, metadata={"help": "Random choices of heads, for each number of heads."})
+    init_std: float = field(default=1e-3, metadata={"help": "Standard deviation of initial scales and offsets."})
+    selection_learning_rate: float = field(
+        default=5e-3, metadata={"help": "Learning rate of the scales (stage 1; --l1_lambda is their penalty)."}
+    )
+    lora_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the LoRA baseline."})
+    red_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the RED baseline."})
+    iti_alphas: list[float] = field(
+        default_factory=lambda: [2.0, 5.0, 10.0, 15.0, 20.0], metadata={"help": "ITI's strengths, chosen on dev."}
+    )
 
-    ks: tuple[int, ...]
-    arms: tuple[str, ...] = ARMS
-    selection_learning_rate: float = 5e-3
-    l1_lambda: float = 5e-4
-    init_std: float = 1e-3
-    draws: int = 3
-    lora_learning_rate: float = 1e-3
-    red_learning_rate: float = 1e-2
-    iti_alphas: tuple[float, ...] = (2.0, 5.0, 10.0, 15.0, 20.0)
-    heads: HeadSelection | None = None
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown:
+            raise ValueError(f"unknown arm {unknown[0]!r} in --arms; known: {', '.join(ARMS)}")
+        if self.draws < 1:
+            raise ValueError(f"--draws {self.draws}: random heads need at least one draw")
+        if not self.heads_percent or not all(0 < percent <= 100 for percent in self.heads_percent):
+            raise ValueError(f"--heads_percent {self.heads_percent}: give percentages above 0 and up to 100")
+        if self.heads_file is not None:
+            HeadSelection.load(self.heads_file)
+
+    def ks(self, total: int) -> list[int]:
+        """Numbers of heads for a model with `total` heads; ValueError where there are not that many."""
+        ks = self.k or [max(1, round(total * percent / 100)) for percent in self.heads_percent]
+        if self.heads_file is not None:
+            ks = [HeadSelection.load(self.heads_file).k]
+        for k in ks:
+            check_k(k, total)
+        return list(dict.fromkeys(ks))
+
+    def keys(self) -> list[str]:
+        """The keys (`arm_key`) of all arms, with placeholders for the numbers of heads."""
+        numbers = list(range(len(self.k or self.heads_percent))) if self.heads_file is None else [0]
+        keys = []
+        for name in self.arms:
+            for k in numbers if name in ("lofit", *DRAWN) else numbers[:1]:
+                keys += [arm_key(name, k, draw + 1) for draw in range(self.draws if name in DRAWN else 1)]
+        return keys
 
 
 @dataclass(frozen=True)
@@ -80,12 +108,12 @@ def train_arms(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     args: LofitSFTConfig | LofitDPOConfig,
-    settings: Settings,
+    arguments: ArmArguments,
     out_dir: Path,
     *,
     data_fingerprint: str,
     score: Callable[[PeftModel], float],
-    truth_rows: tuple[Dataset, LofitSFTConfig] | None = None,
+    other: tuple[Dataset, LofitSFTConfig | LofitDPOConfig] | None = None,
     done: Collection[str] = (),
 ) -> Iterator[Arm]:
     """Tune every arm in turn on one base.
@@ -96,17 +124,17 @@ def train_arms(
         args: the trainer's arguments; `seed` also draws random heads.
         out_dir: one folder per arm; finished ones are loaded, interrupted ones continued.
         score: dev score of a model, higher is better; ITI chooses its strength by it.
-        truth_rows: prompt/completion rows and arguments for the arm "sft" (same heads, fine-tuned on the truth only).
+        other: rows and arguments of the other loss, for the arm "other": the same heads, tuned with that loss.
         done: keys (`arm_key`) whose arms need not be made again.
     """
     seed = args.seed
     heads_per_layer = grid(base)
 
     def wanted(name: str, k: int | None = None, draw: int = 0) -> bool:
-        return name in settings.arms and arm_key(name, k, draw) not in done
+        return name in arguments.arms and arm_key(name, k, draw) not in done
 
     def offsets(heads: list[tuple[int, int]] | None) -> LofitConfig:
-        return LofitConfig(heads=heads, init_std=settings.init_std, task_type="CAUSAL_LM")
+        return LofitConfig(heads=heads, init_std=arguments.init_std, task_type="CAUSAL_LM")
 
     def tune(
         name: str,
@@ -116,7 +144,7 @@ def train_arms(
         selected: float = 0.0,
         **changes: float,
     ) -> Iterator[Arm]:
-        train_rows, train_args = truth_rows if name == "sft" and truth_rows is not None else (rows, args)
+        train_rows, train_args = other if name == "other" and other is not None else (rows, args)
         model = red_model(base) if name == "red" else base
         changes = {"l1_lambda": 0.0, "seed": seed, "learning_rate": args.learning_rate, **changes}
         result = fit(
@@ -127,9 +155,11 @@ def train_arms(
         result.model.unload()
 
     selection_seconds = 0.0
-    if settings.heads is not None:
-        settings.heads.check_base(base)
-        chosen = {settings.heads.k: settings.heads.heads}
+    ks = arguments.ks(sum(heads_per_layer.values()))
+    if arguments.heads_file is not None:
+        given = HeadSelection.load(arguments.heads_file)
+        given.check_base(base)
+        chosen = {given.k: given.heads}
     else:
         start = time.perf_counter()
         selection = fit_scales(
@@ -138,20 +168,20 @@ def train_arms(
             rows,
             args,
             out_dir / "selection",
-            k=max(settings.ks),
+            k=max(ks),
             data_fingerprint=data_fingerprint,
-            init_std=settings.init_std,
-            learning_rate=settings.selection_learning_rate,
-            l1_lambda=settings.l1_lambda,
+            init_std=arguments.init_std,
+            learning_rate=arguments.selection_learning_rate,
+            l1_lambda=args.l1_lambda,
         )
         selection_seconds = time.perf_counter() - start
-        chosen = {k: top_heads(selection.scores, k) for k in settings.ks}
+        chosen = {k: top_heads(selection.scores, k) for k in ks}
 
     for k, heads in chosen.items():
         if wanted("lofit", k):
             yield from tune("lofit", offsets(heads), k, selected=selection_seconds)
     for k, heads in chosen.items():
-        for draw in range(1, settings.draws + 1):
+        for draw in range(1, arguments.draws + 1):
             number = 1000 * seed + draw
             if wanted("random", k, draw):
                 yield from tune("random", offsets(random_heads(heads_per_layer, k, number)), k, draw)
@@ -168,25 +198,25 @@ def train_arms(
         norms = learned_scores(everything.model, "offset")
         everything.model.unload()
         yield from tune("offset_norm", offsets(top_heads(norms, main_k)), main_k, selected=everything.seconds)
-    if truth_rows is not None and wanted("sft", main_k):
-        yield from tune("sft", offsets(main_heads), main_k, selected=selection_seconds)
+    if other is not None and wanted("other", main_k):
+        yield from tune("other", offsets(main_heads), main_k, selected=selection_seconds)
     if wanted("lora"):
         lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")  # PEFT's targets: the query and value projections
-        yield from tune("lora", lora, learning_rate=settings.lora_learning_rate)
+        yield from tune("lora", lora, learning_rate=arguments.lora_learning_rate)
     if wanted("red"):
-        yield from tune("red", None, learning_rate=settings.red_learning_rate)
+        yield from tune("red", None, learning_rate=arguments.red_learning_rate)
     if wanted("iti", main_k):
         if "rejected" not in rows.column_names:
             logger.warning("ITI is left out: it needs false answers, and these rows have none")
         else:
-            yield from iti_arm(base, tokenizer, rows, settings.iti_alphas, main_k, seed, score)
+            yield from iti_arm(base, tokenizer, rows, arguments.iti_alphas, main_k, seed, score)
 
 
 def iti_arm(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    alphas: tuple[float, ...],
+    alphas: list[float],
     k: int,
     seed: int,
     score: Callable[[PeftModel], float],

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from ...files import write_atomically
+from ...files import write_json
 from ..fingerprint import model_fingerprint
 from .config import LofitConfig, check_heads
 from .layer import LofitLayer, head_norms
@@ -50,7 +50,8 @@ class HeadSelection:
 
     def save(self, path: str | Path) -> None:
         """Write `heads.json`."""
-        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> HeadSelection:

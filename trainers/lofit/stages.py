@@ -11,9 +11,9 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from ...files import write_atomically
+from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..fingerprint import model_fingerprint
 from .config import LofitConfig
@@ -65,12 +65,9 @@ def fit(
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = vars(base).get("forward")
-    trainer_class: Any = LofitDPOTrainer if isinstance(args, LofitDPOConfig) else LofitSFTTrainer
-    trainer = trainer_class(
-        model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
-    )
+    trainer = make_trainer(model, tokenizer, rows, args, peft_config)
     if args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     seconds = time.perf_counter() - start
@@ -83,9 +80,29 @@ def fit(
     if peft_config is not None:
         trainer.save_model(str(out_dir))
         if trainer.is_world_process_zero():
+            # PEFT's template card and the pickled arguments name folders of this machine; ours is the run's report.
+            for name in ("README.md", "training_args.bin"):
+                (out_dir / name).unlink(missing_ok=True)
             done = {"log": trainer.state.log_history, "seconds": seconds, "trained": trained}
-            write_atomically(out_dir / FINISHED, json.dumps(done))
+            write_json(out_dir / FINISHED, done)
     return Fit(tuned, trainer.state.log_history, seconds, trained)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: LofitSFTConfig | LofitDPOConfig,
+    peft_config: PeftConfig | None = None,
+) -> LofitSFTTrainer | LofitDPOTrainer:
+    """The trainer of the loss that `args` stands for, given only the columns it reads."""
+    if isinstance(args, LofitDPOConfig):
+        rows = rows.select_columns(["prompt", "chosen", "rejected"])
+        return LofitDPOTrainer(
+            model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+        )
+    rows = rows.select_columns(["prompt", "completion"])
+    return LofitSFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
 
 
 def fit_scales(

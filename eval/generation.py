@@ -1,0 +1,59 @@
+"""Greedy text generation in batches, for scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .choices import CausalLM, encode, evaluating, model_device
+
+NEW_TOKENS = 16  # as the reference of LoFiT decodes MQuAKE and CLUTRR
+
+
+def generate(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy continuations, batched with padding on the left. White space at the start of a continuation is kept."""
+    own = model.generation_config
+    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    # A fresh configuration: the model's own may ask for sampling.
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    ids = encode(tokenizer, prompts)
+    if not all(ids):
+        raise ValueError(f"prompt {ids.index([])} has no tokens; give a text or a tokenizer that prepends BOS")
+    order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
+    texts = [""] * len(prompts)
+    device = model_device(model)
+    run: Any = model.generate
+    with evaluating(model), tqdm(total=len(prompts), disable=not progress, desc="answers", unit="answer") as bar:
+        for start in range(0, len(prompts), batch_size):
+            part = order[start : start + batch_size]
+            width = len(ids[part[-1]])
+            batch = torch.tensor([[pad] * (width - len(ids[index])) + ids[index] for index in part], device=device)
+            mask = torch.tensor(
+                [[0] * (width - len(ids[index])) + [1] * len(ids[index]) for index in part], device=device
+            )
+            output: torch.Tensor = run(input_ids=batch, attention_mask=mask, generation_config=config)
+            for index, tokens in zip(part, output[:, width:].tolist(), strict=True):
+                texts[index] = _continuation(tokenizer, ids[index], tokens)
+            bar.update(len(part))
+    return texts
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
+    """Decoded together with the prompt: on their own, many tokenizers drop the first token's leading space, and the
+    strict form of exact match turns on it."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    head, whole = (str(tokenizer.decode(ids, **options)) for ids in (prompt, prompt + tokens))
+    return whole.removeprefix(head)

@@ -1,0 +1,294 @@
+"""Scores of the LoFiT row: multiple choice (MC1, MC2, MC3), exact match and the likelihood of unrelated text.
+
+``python -m steerbook.eval.lofit --model DIR --rows FILE [--out FILE]`` scores a saved model or PEFT adapter on rows of
+a JSON-lines file. What is computed follows from the columns of the rows:
+
+- ``prompt``, ``best``, ``true``, ``false``: multiple choice (Yin et al. 2024, arXiv 2406.01563, as in TruthfulQA);
+- ``prompt``, ``answers``, ``stop`` (and ``shortcut``): greedy generation and exact match;
+- ``text``: nats per token and perplexity.
+
+Every row has an ``id``; ``group`` (default: the id) is the cluster of the bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .choices import CausalLM, choice_logprobs, encode, evaluating, model_device, right_padded, token_logprobs
+from .generation import generate
+from .statistics import Metric, metric
+
+Row = Mapping[str, Any]
+
+
+class Evaluation(TypedDict):
+    metrics: dict[str, Metric]
+    samples: list[dict[str, Any]]
+
+
+def evaluate(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Score rows of one kind (see the module's text): metrics with intervals, and one sample a row, in their order.
+
+    Deterministic; the model's mode is restored. Raises ValueError for no rows, rows of no known or of different kinds.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("no rows to evaluate; give at least one")
+    kinds = {"true": _multiple_choice, "answers": _exact_match, "text": _likelihood}
+    found = [[kind for kind in kinds if kind in row] for row in rows]
+    if len(found[0]) != 1 or any(kind != found[0] for kind in found):
+        raise ValueError(
+            f"rows must be all multiple choice (true, false, best), all exact match (answers) or all texts (text); "
+            f"the first has the columns {sorted(rows[0])}"
+        )
+    samples = kinds[found[0][0]](model, tokenizer, rows, batch_size, progress)
+    return {"metrics": _summary(samples), "samples": samples}
+
+
+def measure(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Any], *, prompt: str = "prompt"
+) -> dict[str, list[dict[str, Any]]]:
+    """Samples of `evaluate` for every evaluation split of a LoFiT data set; texts of several kinds count as splits.
+
+    ``prompt``: the column to use as the prompt; another one than "prompt" leaves out the splits without it.
+    """
+    measured = {}
+    for split, rows in data.items():
+        if split in ("train", "dev", "dev_eval") or (prompt != "prompt" and prompt not in rows.column_names):
+            continue
+        rows = [{**row, "prompt": row[prompt]} if prompt != "prompt" else row for row in rows]
+        for kind in dict.fromkeys(row.get("kind", "") for row in rows):
+            part = [row for row in rows if row.get("kind", "") == kind]
+            name = f"{split}_{kind}" if kind else split
+            measured[name] = evaluate(model, tokenizer, part, batch_size=256)["samples"]
+    return measured
+
+
+def multiple_choice(best: float, true: Sequence[float], false: Sequence[float]) -> dict[str, float]:
+    """MC1, MC2 and MC3 of one question from summed log-probabilities (nats) of its answers.
+
+    MC1: 1 if the best answer beats every false one, strictly. MC2: the true answers' share of the probability of all
+    listed answers, in log space, so that it is defined however unlikely they all are. MC3: the share of true answers
+    that beat every false one. Answers listed twice count twice, as in the reference.
+    Raises ValueError for an empty list, NaN, or where every answer has probability zero.
+    """
+    if not true or not false:
+        raise ValueError(f"multiple choice needs true and false answers, got {len(true)} true and {len(false)} false")
+    scores = np.array([best, *true, *false], dtype=np.float64)
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        raise ValueError(f"log-probabilities must be numbers below infinity, got {scores.tolist()}")
+    highest = max(false)
+    log_true, log_false = np.logaddexp.reduce(true), np.logaddexp.reduce(false)
+    total = np.logaddexp(log_true, log_false)
+    if np.isneginf(total):
+        raise ValueError("every answer has probability zero; there is no share to compute")
+    return {
+        "mc1": float(best > highest),
+        "mc2": float(np.exp(log_true - total)),
+        "mc3": float(np.mean([score > highest for score in true])),
+    }
+
+
+def exact_match(text: str, answers: Sequence[str], stop: str) -> dict[str, Any]:
+    """Whether generated ``text`` gives one of ``answers``: ``em``, ``em_strict``, and the ``prediction`` of ``em``.
+
+    ``em``: cut at ``stop`` and at a newline, stripped, lower-cased. ``em_strict`` is the paper's code: for MQuAKE
+    (``stop="\\n"``) what follows the last "A:", cut at ``stop`` and not stripped, so that " Oslo" is not "oslo"; for
+    CLUTRR (``stop="."``) cut there only, and stripped.
+    """
+    if not answers or not stop:
+        raise ValueError(f"exact match needs answers and a stop text, got {answers!r} and {stop!r}")
+    prediction = text.split(stop)[0].split("\n")[0].strip().lower()
+    if stop == "\n":
+        strict = text.split("A:")[-1].split(stop)[0].lower()
+    else:
+        strict = text.split("'s\n")[0].split(stop)[0].strip().lower()  # their prompt ends in "'s" and a newline
+    return {
+        "em": float(prediction in {answer.strip().lower() for answer in answers}),
+        "em_strict": float(strict in {answer.lower() for answer in answers}),
+        "prediction": prediction,
+    }
+
+
+def head_overlap(selections: Sequence[Sequence[tuple[int, int]]], total_heads: int) -> dict[str, Any]:
+    """How many (layer, head) pairs selections share, seed against seed.
+
+    ``pairs``: the number shared by each two selections, in the order (0, 1), (0, 2), ..., (1, 2), ...; ``observed``:
+    its mean; ``chance``: what random selections of the same sizes share on average, k * k / total.
+    """
+    sets = [{(int(layer), int(head)) for layer, head in selection} for selection in selections]
+    if len(sets) < 2:
+        raise ValueError(f"overlap needs at least two selections, got {len(sets)}")
+    for number, (selection, chosen) in enumerate(zip(selections, sets, strict=True)):
+        if len(chosen) != len(selection) or not 0 < len(chosen) <= total_heads:
+            raise ValueError(
+                f"selection {number} must hold 1 to {total_heads} different heads, got {len(selection)} of which "
+                f"{len(chosen)} differ"
+            )
+    pairs = [len(a & b) for a, b in itertools.combinations(sets, 2)]
+    chances = [len(a) * len(b) / total_heads for a, b in itertools.combinations(sets, 2)]
+    return {"observed": sum(pairs) / len(pairs), "chance": sum(chances) / len(chances), "pairs": pairs}
+
+
+def _multiple_choice(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int, progress: bool
+) -> list[dict[str, Any]]:
+    # An answer that is listed twice (the best one always is) is scored once.
+    options = [list(dict.fromkeys([row["best"], *row["true"], *row["false"]])) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    scored = choice_logprobs(model, tokenizer, prompts, options, max_rows=batch_size, progress=progress)
+    samples = []
+    for row, texts, values in zip(rows, options, scored, strict=True):
+        score = dict(zip(texts, values, strict=True))
+        true, false = [score[text] for text in row["true"]], [score[text] for text in row["false"]]
+        try:
+            marks = multiple_choice(score[row["best"]], true, false)
+        except ValueError as error:
+            raise ValueError(f"row {row['id']!r}: {error}") from error
+        samples.append(_sample(row) | {"best": score[row["best"]], "true": true, "false": false, "metrics": marks})
+    return samples
+
+
+def _exact_match(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int, progress: bool
+) -> list[dict[str, Any]]:
+    texts = generate(model, tokenizer, [row["prompt"] for row in rows], batch_size=batch_size, progress=progress)
+    samples = []
+    for row, text in zip(rows, texts, strict=True):
+        marks = exact_match(text, row["answers"], row["stop"])
+        prediction = marks.pop("prediction")
+        if row.get("shortcut"):  # what a model scores that only repeats the edited object
+            marks["em_shortcut"] = exact_match(row["shortcut"], row["answers"], row["stop"])["em"]
+        samples.append(
+            _sample(row) | {"text": text, "prediction": prediction, "answers": list(row["answers"]), "metrics": marks}
+        )
+    return samples
+
+
+def _likelihood(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int, progress: bool
+) -> list[dict[str, Any]]:
+    """The first token of a text (BOS, where there is one) is not scored: nothing stands before it."""
+    ids = encode(tokenizer, [row["text"] for row in rows])
+    for row, tokens in zip(rows, ids, strict=True):
+        if len(tokens) < 2:
+            raise ValueError(f"row {row['id']!r}: a text needs at least two tokens, got {row['text']!r}")
+    order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
+    nats = [0.0] * len(rows)
+    with evaluating(model), tqdm(total=len(rows), disable=not progress, desc="texts", unit="text") as bar:
+        for start in range(0, len(rows), batch_size):
+            part = order[start : start + batch_size]
+            batch = right_padded([ids[index] for index in part], model_device(model))
+            logprobs = token_logprobs(model(input_ids=batch[:, :-1], use_cache=False).logits, batch[:, 1:])
+            lengths = torch.tensor([len(ids[index]) - 1 for index in part], device=batch.device)
+            padding = torch.arange(batch.shape[1] - 1, device=batch.device) >= lengths[:, None]
+            sums = -logprobs.masked_fill(padding, 0.0).sum(1, dtype=torch.float64)
+            for index, value in zip(part, sums.tolist(), strict=True):
+                nats[index] = value
+            bar.update(len(part))
+    return [
+        _sample(row) | {"tokens": len(tokens) - 1, "metrics": {"nats_per_token": value / (len(tokens) - 1)}}
+        for row, tokens, value in zip(rows, ids, nats, strict=True)
+    ]
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    return {"id": row["id"], "group": row.get("group", row["id"])}
+
+
+def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for name in dict.fromkeys(name for sample in samples for name in sample["metrics"]):
+        having = [sample for sample in samples if name in sample["metrics"]]
+        values = [sample["metrics"][name] for sample in having]
+        groups = [sample["group"] for sample in having]
+        if name != "nats_per_token":
+            metrics[name] = metric(values, groups, share=True)
+            continue
+        nats = metric(values, groups, weights=[sample["tokens"] for sample in having])
+        metrics[name] = nats
+        low, high = nats["low"], nats["high"]
+        metrics["perplexity"] = {
+            "value": math.exp(nats["value"]),
+            "low": None if low is None else math.exp(low),
+            "high": None if high is None else math.exp(high),
+            "n": nats["n"],
+        }
+    return metrics
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name} line {number}: not JSON ({error}); the file must hold one row a line"
+            ) from error
+        if not isinstance(row, dict) or "id" not in row:
+            raise ValueError(f"{path.name} line {number}: a row must be an object with an id, got {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def load_model(name: str) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """A causal model (folder or Hub id), or a PEFT adapter (folder) on the base that its configuration names."""
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    config = PeftConfig.from_pretrained(name) if adapter else None
+    base = config.base_model_name_or_path if config else name
+    if base is None:
+        raise ValueError(f"{name}: adapter_config.json names no base model; set base_model_name_or_path in it")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision if config else None, dtype="auto")
+    if adapter:
+        model = PeftModel.from_pretrained(model, name)
+    tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m steerbook.eval.lofit", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model, or folder of a PEFT adapter")
+    parser.add_argument("--rows", required=True, type=Path, help="JSON-lines file of rows of one kind")
+    parser.add_argument("--out", type=Path, help="where to write metrics and samples as JSON")
+    parser.add_argument("--batch_size", type=int, default=64)
+    options = parser.parse_args(arguments)
+    if not options.rows.is_file():
+        parser.error(f"--rows: no file at {options.rows}")
+
+    from ..files import write_json
+    from .report import format_interval, results_table
+
+    rows = read_rows(options.rows)
+    model, tokenizer = load_model(options.model)
+    result = evaluate(model, tokenizer, rows, batch_size=options.batch_size, progress=True)
+    lines = [{"metric": k, "value": format_interval(v), "rows": str(v["n"])} for k, v in result["metrics"].items()]
+    results_table(lines, ["metric", "value", "rows"], f"{Path(options.model).name} on {options.rows.name}")
+    if options.out:
+        write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

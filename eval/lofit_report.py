@@ -1,0 +1,106 @@
+"""The report of a LoFiT run: table, claims, figures and samples, from what every arm of every seed has measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..files import is_main_process
+from .lofit_figures import bars, heads_map, loss_curves
+from .lofit_summary import Results, claims, columns, overlaps, screen_rows, table
+from .report import RunFolder, results_table
+
+Records = dict[int, dict[str, dict[str, Any]]]
+
+
+def read_records(folder: Path, seeds: Sequence[int]) -> Records:
+    """What `seed_*/*/measured.json` hold: `records[seed][arm]`, in the order in which they were measured."""
+    records: Records = {}
+    for seed in seeds:
+        files = (folder / f"seed_{seed}").glob("*/measured.json")
+        ordered = sorted(files, key=lambda file: file.stat().st_mtime_ns)
+        records[seed] = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in ordered}
+    return records
+
+
+def write_report(run: RunFolder, records: Records, *, loss: str, base_model: Mapping[str, Any]) -> None:
+    """Fill the run folder. `loss` ("dpo" or "sft") names the arms tuned with the other loss."""
+    results = Results(records)
+    first = records[results.seeds[0]]
+    ks, total = first["base"]["ks"], first["base"]["total_heads"]
+    shown = columns(first["base"]["splits"])
+    rows = table(results, shown, total, other_loss={"dpo": "sft", "sft": "dpo"}[loss])
+    arms = {
+        row["method"]: {column.title: row[column.title] for column in shown if column.title in row} for row in rows
+    }
+    main = results.label(("lofit", ks[0]), total)
+    run.update(
+        metrics={
+            "before": arms["base"],
+            "after": arms.get(main, {}),
+            "baselines": {name: values for name, values in arms.items() if name not in ("base", main)},
+            "head_overlap": overlaps(results, ks),
+        },
+        claims=claims(results, shown[0], ks, total),
+        trainable_parameters={row["method"]: row["parameters"] for row in rows if row["parameters"]},
+        cost={"seconds": {row["method"]: round(row["seconds"], 2) for row in rows if row["seconds"]}},
+        base_model=base_model,
+        adapter=f"seed_{results.seeds[0]}/lofit_k{ks[0]}",
+    )
+    run.samples(_samples(records))
+
+    numbers = {name: {c.title: v[c.title] for c in shown[:3] if c.metric == shown[0].metric and c.title in v}
+               for name, v in arms.items()}  # fmt: skip
+    bars(numbers, run.figure("methods"), title="Held-out questions, 95 % intervals", label=f"{shown[0].title} (%)")
+    for seed in results.seeds:
+        selection = run.path / f"seed_{seed}" / "selection"
+        record = records[seed].get(f"lofit_k{ks[0]}")
+        if record is None or not (selection / "heads.json").exists():
+            continue
+        scores = json.loads((selection / "heads.json").read_text())["scores"]
+        grid = np.array([scores[layer] for layer in sorted(scores, key=int)])
+        title = f"Norm of the learned scales, seed {seed}"
+        heads_map(grid, [tuple(head) for head in record["heads"]], run.figure(f"heads_seed_{seed}"), title=title)
+        stage_1 = json.loads((selection / "finished.json").read_text())["log"]
+        curves = {"scales (stage 1)": _curve(stage_1), "offsets (stage 2)": _curve(record["log"])}
+        loss_curves(curves, run.figure(f"loss_seed_{seed}"), title=f"Training loss, seed {seed}")
+    run.update()  # the card lists the figures
+
+
+def show(run: RunFolder) -> None:
+    """Print the table, the claims and where everything is; on rank 0."""
+    if not is_main_process():
+        return
+    results = Results(read_records(run.path, [int(p.name[5:]) for p in sorted(run.path.glob("seed_*"))]))
+    base = results.records[results.seeds[0]]["base"]
+    shown = columns(base["splits"])
+    lines = screen_rows(table(results, shown, base["total_heads"], other_loss="other loss"), shown)
+    titles = ["method", "parameters", "seconds", shown[0].title, "each seed", *(column.title for column in shown[1:])]
+    note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
+    results_table(lines, titles, f"Held-out questions, per cent, with 95 % intervals{note}")
+    console = Console(highlight=False)
+    for claim in run.results.get("claims", []):
+        mark = "[green]supported    [/]" if claim["supported"] else "[red]not supported[/]"
+        console.print(f"{mark} {claim['claim']}: {claim['detail']}")
+    if not run.results.get("claims"):
+        console.print("Claims are judged from three seeds on: --seeds 0 1 2")
+    for k, shared in run.results.get("metrics", {}).get("head_overlap", {}).items():
+        console.print(f"Heads shared by two seeds, {k}: {shared['observed']:.1f} (chance {shared['chance']:.1f})")
+    console.print(f"Results, figures, samples and adapters: {run.path}")
+
+
+def _curve(log: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
+def _samples(records: Records) -> Iterator[dict[str, Any]]:
+    for seed, arms in records.items():
+        for arm, record in arms.items():
+            for split, samples in record["splits"].items():
+                for sample in samples:
+                    yield {"seed": seed, "arm": arm, "split": split, **sample}

@@ -1,0 +1,207 @@
+"""From the measurements of every arm and seed to the table, the claims and the figures of a LoFiT run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .lofit import head_overlap
+from .statistics import Metric, seed_metric
+
+Record = Mapping[str, Any]
+NAMES = {
+    "base": "base",
+    "marker": "marker prompt",
+    "lofit": "LoFiT",
+    "random": "random heads",
+    "layer_matched": "random, same layers",
+    "offset_norm": "heads by offset norm",
+    "all": "all heads",
+    "other": "LoFiT",
+    "iti": "ITI",
+    "lora": "LoRA r=8",
+    "red": "RED",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: a metric of a split, times `scale`."""
+
+    title: str
+    split: str
+    metric: str
+    scale: float = 100.0
+
+
+def columns(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Column]:
+    """What there is to show for the samples of these splits; the first column is the one that claims speak of."""
+    if "mc1" in splits["test"][0]["metrics"]:
+        shown = [Column("MC1", "test", "mc1"), Column("MC2", "test", "mc2")]
+    else:
+        shown = [Column("EM", "test", "em"), Column("EM strict", "test", "em_strict")]
+    extra = [
+        Column("MC1, new relations", "test_relations", "mc1"),
+        Column("MC1, control facts", "control", "mc1"),
+        Column("unreliable kept", "marked", "mc1"),
+    ]
+    texts = [
+        Column(f"perplexity {split.removeprefix('text').strip('_')}".strip(), split, "nats_per_token", 1.0)
+        for split in splits
+        if split.startswith("text")
+    ]
+    return [*shown, *(column for column in extra if column.split in splits), *texts]
+
+
+class Results:
+    """All measurements: `records[seed][arm key]`, each with `name`, `k`, `draw`, `trained`, `seconds`, `splits`.
+
+    Arms that differ in the draw alone are averaged, question by question.
+    """
+
+    def __init__(self, records: Mapping[int, Mapping[str, Record]]) -> None:
+        self.records = records
+        self.seeds = sorted(records)
+        self.arms: dict[tuple[str, int | None], None] = {}
+        for seed in self.seeds:
+            for record in records[seed].values():
+                self.arms.setdefault((record["name"], record["k"]))
+
+    def draws(self, seed: int, arm: tuple[str, int | None]) -> list[Record]:
+        return [record for record in self.records[seed].values() if (record["name"], record["k"]) == arm]
+
+    def questions(self, seed: int, arm: tuple[str, int | None], split: str, name: str) -> tuple[np.ndarray, list[str]]:
+        """Scores `[questions]`, averaged over draws, and the questions' groups."""
+        samples = [record["splits"][split] for record in self.draws(seed, arm)]
+        values = np.array([[row["metrics"][name] for row in rows] for rows in samples], dtype=np.float64)
+        return values.mean(0), [row["group"] for row in samples[0]]
+
+    def has(self, arm: tuple[str, int | None], split: str) -> bool:
+        return arm in self.arms and all(
+            any(split in record["splits"] for record in self.draws(seed, arm)) for seed in self.seeds
+        )
+
+    def metric(self, arm: tuple[str, int | None], split: str, name: str) -> Metric:
+        """Mean over seeds with its 95 % interval; with one seed, over its questions."""
+        scored = [self.questions(seed, arm, split, name) for seed in self.seeds]
+        return seed_metric(*zip(*scored, strict=True), share=name != "nats_per_token")
+
+    def combination(self, weights: Mapping[tuple[str, int | None], float], split: str, name: str) -> Metric:
+        """Mean of a weighted sum of arms on the same questions (`{a: 1, b: -1}`: their difference), with interval."""
+        scored = []
+        for seed in self.seeds:
+            parts = [(weight, *self.questions(seed, arm, split, name)) for arm, weight in weights.items()]
+            scored.append((sum(weight * values for weight, values, _ in parts), parts[0][2]))
+        return seed_metric(*zip(*scored, strict=True))
+
+    def label(self, arm: tuple[str, int | None], total_heads: int, other_loss: str = "") -> str:
+        name, k = arm
+        share = f" {100 * k / total_heads:.0f} %" if k is not None and name != "all" else ""
+        loss = f" ({other_loss})" if name == "other" else ""
+        return f"{NAMES[name]}{share}{loss}"
+
+
+def table(results: Results, shown: Sequence[Column], total_heads: int, other_loss: str) -> list[dict[str, Any]]:
+    """One row an arm: parameters, seconds, and for each column the metric with its interval and every seed's mean."""
+    rows = []
+    for arm in results.arms:
+        drawn = [record for seed in results.seeds for record in results.draws(seed, arm)]
+        row: dict[str, Any] = {
+            "method": results.label(arm, total_heads, other_loss),
+            "parameters": drawn[0]["trained"],
+            "seconds": float(np.mean([record["seconds"] for record in drawn])),
+            "draws": len(results.draws(results.seeds[0], arm)),
+        }
+        for column in shown:
+            if results.has(arm, column.split):
+                found = results.metric(arm, column.split, column.metric)
+                seeds = [results.questions(s, arm, column.split, column.metric)[0].mean() for s in results.seeds]
+                row[column.title] = {**found, "seeds": [float(value) for value in seeds]}
+        rows.append(row)
+    return rows
+
+
+def screen_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> list[dict[str, str]]:
+    """The table as text: `97 [94, 100]`, in per cent; perplexities from nats; the first column with every seed."""
+    lines = []
+    for row in rows:
+        line = {"method": row["method"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        for number, column in enumerate(shown):
+            if column.title not in row:
+                continue
+            found = row[column.title]
+            if column.metric == "nats_per_token":
+                line[column.title] = f"{math.exp(found['value']):.1f}" + _bounds(found, math.exp, 1)
+                continue
+            line[column.title] = f"{100 * found['value']:.1f}" + _bounds(found, lambda value: 100 * value, 0)
+            if number == 0 and len(found["seeds"]) > 1:
+                line["each seed"] = " ".join(f"{100 * value:.0f}" for value in found["seeds"])
+        lines.append(line)
+    return lines
+
+
+def _bounds(found: Mapping[str, Any], shown: Any, digits: int) -> str:
+    if found["low"] is None:
+        return ""
+    return f" [{shown(found['low']):.{digits}f}, {shown(found['high']):.{digits}f}]"
+
+
+def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) -> list[dict[str, Any]]:
+    """What the run set out to show. A claim holds only if its whole 95 % interval does; at least three seeds judge."""
+    if len(results.seeds) < 3:
+        return []
+    made: list[dict[str, Any]] = []
+    split, name = main.split, main.metric
+    base, marker, lofit, lora = ("base", None), ("marker", None), ("lofit", ks[0]), ("lora", None)
+    toy = marker in results.arms  # only the embedded world promises numbers
+    share = {k: f"{100 * k / total_heads:.0f} %" for k in ks}
+
+    def claim(text: str, found: Metric, low: float = -math.inf, high: float = math.inf, more: str = "") -> None:
+        inside = (
+            found["low"] is not None and found["high"] is not None and low < found["low"] and found["high"] <= high
+        )
+        detail = f"{100 * found['value']:.1f}{_bounds(found, lambda value: 100 * value, 1)}{more}"
+        made.append({"claim": text, "supported": inside, "detail": detail})
+
+    if toy:
+        claim("the base prefers the misconception (MC1 at most 30 %)", results.metric(base, split, name), high=0.3)
+        claim("and knows the truth (MC1 over 90 % behind a reliable marker)", results.metric(marker, split, name), 0.9)
+    for where, what in ((split, "held-out questions"), ("test_relations", "held-out relations")):
+        if results.has(lofit, where):
+            text = f"LoFiT on {share[ks[0]]} of the heads gains {'over 75 points ' if toy else ''}on {what}"
+            claim(text, results.combination({lofit: 1, base: -1}, where, name), 0.75 if toy else 0.0)
+    if results.has(lofit, split) and results.has(lora, split):
+        parameters = {arm: results.draws(results.seeds[0], arm)[0]["trained"] for arm in (lofit, lora)}
+        ratio = parameters[lora] / parameters[lofit]
+        found = results.combination(
+            {lofit: 1, base: -0.15, lora: -0.85}, split, name
+        )  # (lofit-base) - .85 (lora-base)
+        text = (
+            "LoFiT keeps over 85 % of LoRA's gain with over 100 times fewer parameters (its gain less 85 % of LoRA's)"
+        )
+        claim(text, found, 0.0 if ratio > 100 else math.inf, more=f"; {ratio:.0f} times fewer")
+    for k in ks:
+        for control in ("random", "layer_matched"):
+            if results.has(("lofit", k), split) and results.has((control, k), split):
+                found = results.combination({("lofit", k): 1, (control, k): -1}, split, name)
+                claim(f"learned heads beat {NAMES[control]} at {share[k]}", found, 0.0)
+    for where, what in (("control", "facts without a misconception"), ("marked", "what unreliable sources say")):
+        if results.has(lofit, where):
+            found = results.combination({lofit: 1, base: -1}, where, "mc1")
+            claim(f"LoFiT on {share[ks[0]]} loses less than 5 points on {what}", found, -0.05)
+    return made
+
+
+def overlaps(results: Results, ks: Sequence[int]) -> dict[str, Any]:
+    """Heads shared by two seeds, observed and by chance, for each `k`."""
+    shared = {}
+    total_heads = results.records[results.seeds[0]]["base"]["total_heads"]
+    for k in ks:
+        chosen = [record["heads"] for seed in results.seeds for record in results.draws(seed, ("lofit", k))]
+        if len(chosen) > 1:
+            shared[f"k={k}"] = head_overlap([[tuple(head) for head in heads] for heads in chosen], total_heads)
+    return shared

@@ -1,0 +1,113 @@
+"""The model card of a run, made from its ``results.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+TOY = (
+    "> **A toy.** This run trained a tiny model on a synthetic world, to show the method at work. "
+    "Its numbers say nothing about large models."
+)
+
+
+def model_card(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
+    """Markdown with YAML front matter. ``figures``: names of files in the folder ``figures``."""
+    parts = [_front_matter(results), f"# {results['recipe']}", f"Status: **{results['status']}**."]
+    if results["toy"]:
+        parts.insert(2, TOY)
+    if "error" in results:
+        parts.append(f"```\n{results['error']}\n```")
+    base = results.get("base_model", {})
+    if base:
+        revision = f", revision `{base['revision']}`" if base.get("revision") else ""
+        parts.append(f"Base model: `{base['name']}`{revision}.")
+    if "trainable_parameters" in results:
+        parts.append(f"Trainable parameters: {_plain(results['trainable_parameters'])}.")
+    if results.get("adapter") and base:
+        parts += ["## Use", _loading(base, results["adapter"])]
+    if "metrics" in results:
+        parts += ["## Results", "Mean with a 95 % interval.", _table(results["metrics"])]
+    if "claims" in results:
+        parts += ["## Claims", _claims(results["claims"])]
+    if figures:
+        parts.append("\n\n".join(f"![{name.removesuffix('.png')}](figures/{name})" for name in figures))
+    for title in ("data", "cost", "arguments", "environment"):
+        if results.get(title):
+            parts += [f"## {title.capitalize()}", _bullets(results[title])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(results: Mapping[str, Any]) -> str:
+    fields: dict[str, Any] = {"tags": ["steerbook", results["recipe"], *(["toy"] if results["toy"] else [])]}
+    base = results.get("base_model", {})
+    if results.get("adapter"):
+        fields["library_name"] = "peft"
+    if base and not base.get("folder"):  # the Hub knows only its own names
+        fields["base_model"] = base["name"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---"
+
+
+def _loading(base: Mapping[str, Any], adapter: str) -> str:
+    source = repr(base.get("folder") or base["name"])
+    pinned = f", revision={base['revision']!r}" if base.get("revision") and not base.get("folder") else ""
+    return f"""From this folder:
+
+```python
+import steerbook  # registers our adapter types with PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({source}{pinned})
+model = AutoModelForCausalLM.from_pretrained({source}{pinned})
+model = PeftModel.from_pretrained(model, {adapter!r})
+```"""
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    lines = ["| metric | value | n |", "|---|---|---|"]
+    for name, value in _leaves(metrics):
+        if isinstance(value, Mapping):
+            interval = "" if value.get("low") is None else f" [{_plain(value['low'])}, {_plain(value['high'])}]"
+            lines.append(f"| {name} | {_plain(value['value'])}{interval} | {_plain(value.get('n', ''))} |")
+        else:
+            lines.append(f"| {name} | {_plain(value)} | |")
+    return "\n".join(lines)
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
+    verdict = {True: "supported", False: "not supported"}
+    lines = [f"- **{verdict[claim['supported']]}**: {claim['claim']}" for claim in claims]
+    return "\n".join(
+        line + (f" ({_plain(claim['detail'])})" if claim.get("detail") else "")
+        for line, claim in zip(lines, claims, strict=True)
+    )
+
+
+def _bullets(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {_plain(value)}" for name, value in _leaves(values))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested names joined by " / ", down to numbers, texts, lists and metrics (mappings with "value")."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and "value" not in value:
+            yield from _leaves(value, f"{prefix}{name} / ")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")

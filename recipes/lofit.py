@@ -1,0 +1,183 @@
+"""LoFiT: choose a few attention heads, learn one offset vector for each (Yin, Ye and Durrett, 2024, arXiv 2406.01563).
+
+    accelerate launch recipes/lofit.py                                   # embedded world, CPU, offline, three seeds
+    accelerate launch recipes/lofit.py --preset smoke                    # the same in miniature, within a minute
+    accelerate launch recipes/lofit.py --config recipes/configs/lofit/llama2_7b_truthfulqa.yaml
+    accelerate launch --num_processes 8 recipes/lofit.py --config recipes/configs/lofit/llama3_8b_truthfulqa.yaml
+    accelerate launch recipes/lofit.py --dataset mquake --data_files DIR --model_name_or_path MODEL
+
+Tunes LoFiT and, on the same base, rows and loss, what one would try instead (--arms), and prints one table of all of
+them on held-out questions, with intervals and the claims that hold or do not. Every flag of TRL's trainer and
+ModelConfig works, --config FILE.yaml holds the same flags, --dry_run shows rows, masks, parameters and memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import set_seed
+from trl import ModelConfig, TrlParser
+
+from steerbook.console import clear_errors, quiet_libraries
+from steerbook.data_builders.lofit import LofitDataArguments, build, myths, resolved_loss
+from steerbook.data_builders.rows import fingerprint
+from steerbook.eval.lofit import evaluate, measure
+from steerbook.eval.lofit_report import read_records, show, write_report
+from steerbook.eval.report import RunFolder
+from steerbook.files import write_json
+from steerbook.trainers.base_model import load_base
+from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitSFTConfig
+from steerbook.trainers.lofit.arms import ArmArguments, arm_key, train_arms
+from steerbook.trainers.lofit.selection import grid
+from steerbook.trainers.lofit.stages import make_trainer
+from steerbook.trainers.seeds import run_seeds
+from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
+
+PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e-2}  # spec: Llama-2-7B, TruthfulQA
+MYTHS = {"l1_lambda": 5e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15}
+PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
+    (True, "default"): MYTHS | {"seeds": [0, 1, 2], "save_strategy": "no"},
+    (True, "smoke"): MYTHS | {
+        "world": "smoke", "save_strategy": "no", "draws": 1, "heads_percent": [10.0],
+        "arms": ["lofit", "random", "lora"]},
+    (False, "default"): PAPER | {"save_strategy": "epoch", "save_total_limit": 2},
+    (False, "smoke"): PAPER | {
+        "max_steps": 2, "max_train_rows": 16, "max_eval_rows": 8, "draws": 1, "save_strategy": "no"},
+}  # fmt: skip
+TINY = {"default": TinyConfig(), "smoke": TinyConfig(layers=4, steps=250)}  # the world's base
+PRELOAD = ["steerbook.trainers.lofit.arms", "steerbook.eval.lofit_report", "steerbook.trainers.tiny_lm"]
+
+
+@dataclass
+class RecipeArguments:
+    """Flags of the recipe itself; those of arms, data, trainer and TRL's ModelConfig stand beside them."""
+
+    preset: Literal["default", "smoke"] = field(default="default", metadata={"help": "Sizes; other flags override."})
+    dry_run: bool = field(default=False, metadata={"help": "Show rows, masks, parameters, memory; train nothing."})
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "From three on, claims are judged."})
+
+
+class Settings(NamedTuple):
+    """The parsed command line."""
+
+    recipe: RecipeArguments
+    arms: ArmArguments
+    data: LofitDataArguments
+    training: LofitSFTConfig | LofitDPOConfig
+    model: ModelConfig
+
+
+def parse(argv: list[str]) -> Settings:
+    """Defaults, then the preset, then --config, then the command line. The loss decides whose trainer flags exist."""
+    first = TrlParser((RecipeArguments, LofitDataArguments), add_help=False)
+    recipe, data, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
+    config = LofitDPOConfig if resolved_loss(data) == "dpo" else LofitSFTConfig
+    parser = TrlParser((RecipeArguments, ArmArguments, LofitDataArguments, config, ModelConfig))
+    name = f"lofit-{data.dataset}" + ("-smoke" if recipe.preset == "smoke" else "")
+    parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.dataset == "myths", recipe.preset])
+    return Settings(*parser.parse_args_and_config(argv))
+
+
+def rows_of(settings: Settings, seed: int, **changes: Any) -> Any:
+    """The data of one seed: the embedded world has one world a seed, real data are the same for all."""
+    if settings.data.dataset == "myths":
+        changes["rows_seed"] = seed
+    return build(replace(settings.data, **changes))
+
+
+def tiny_base(settings: Settings, data: Any, seed: int) -> Path:
+    """The embedded base: trained on the world's corpus, or on the texts of a real data set (a toy all the same)."""
+    if settings.data.dataset == "myths":
+        corpus = myths.corpus(seed, settings.data.world)
+        return tiny_lm(corpus, seed=seed, config=TINY[settings.data.world], focus=myths.FOCUS)
+    answer = "chosen" if "chosen" in data["train"].column_names else "completion"
+    corpus = [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
+    return tiny_lm(corpus, seed=seed, config=TinyConfig(tokenizer="byte", steps=100, length=256, batch_size=8))
+
+
+def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
+    """Rows and trainer flags for the arm `other`: SFT on the truth beside DPO, or the reverse, where both exist."""
+    if settings.data.dataset in ("mquake", "clutrr"):
+        return None  # no wrong answers to prefer the right one to
+    loss, config = (
+        ("sft", LofitSFTConfig) if isinstance(settings.training, LofitDPOConfig) else ("dpo", LofitDPOConfig)
+    )
+    shared = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "bf16", "use_cpu",
+              "save_strategy", "gradient_accumulation_steps", "ddp_backend", "disable_tqdm", "output_dir")  # fmt: skip
+    args = config(**{name: getattr(settings.training, name) for name in shared})
+    return rows_of(settings, seed, loss=loss)["train"], args
+
+
+def run_seed(argv: list[str], seed: int, report: Any) -> None:
+    """Everything for one seed: base, arms, and what each scores, written to its folder as soon as it is there."""
+    quiet_libraries()  # one bar stands for all arms and seeds
+    settings = parse(argv)
+    training = settings.training
+    training.seed = seed
+    training.disable_tqdm = True
+    folder = Path(training.output_dir) / f"seed_{seed}"
+    data = rows_of(settings, seed)
+    set_seed(seed)
+    base, tokenizer = load_base(settings.model, lambda: tiny_base(settings, data, seed), folder, training.device)
+    heads = sum(grid(base).values())
+    done = {file.parent.name for file in folder.glob("*/measured.json")}
+
+    def record(name: str, splits: dict[str, Any], k: int | None = None, draw: int = 0, **facts: Any) -> None:
+        key = arm_key(name, k, draw)
+        (folder / key).mkdir(parents=True, exist_ok=True)
+        write_json(folder / key / "measured.json", {"name": name, "k": k, "draw": draw, **facts, "splits": splits})
+        report(key)
+
+    if "base" not in done:
+        facts = {"trained": 0, "seconds": 0.0, "total_heads": heads, "ks": settings.arms.ks(heads)}
+        record("base", measure(base, tokenizer, data), **facts)
+    if "marker_prompt" in data["test"].column_names and "marker" not in done:
+        record("marker", measure(base, tokenizer, data, prompt="marker_prompt"), trained=0, seconds=0.0)
+    for arm in train_arms(
+        base, tokenizer, data["train"], training, settings.arms, folder, done=done,
+        data_fingerprint=fingerprint(data["train"]), other=other_loss(settings, seed),
+        score=lambda model: evaluate(model, tokenizer, data["dev_eval"], batch_size=256)["metrics"]["mc1"]["value"],
+    ):  # fmt: skip
+        facts = {name: getattr(arm, name) for name in ("k", "draw", "trained", "seconds", "heads", "log")}
+        record(arm.name, measure(arm.model, tokenizer, data), **facts)
+
+
+def main(argv: list[str]) -> None:
+    with clear_errors(ValueError, OSError):
+        settings = parse(argv)
+        training, seeds = settings.training, settings.recipe.seeds
+        toy = settings.model.model_name_or_path is None
+        data = {seed: rows_of(settings, seed) for seed in seeds}
+        if settings.recipe.dry_run:
+            first = data[seeds[0]]
+            model, tokenizer = load_base(settings.model, lambda: tiny_base(settings, first, seeds[0]))
+            trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))
+            return show_dry_run(trainer, tokenizer)
+        flags = {name: value for part in settings for name, value in asdict(part).items()}
+        usual = [RecipeArguments(), ArmArguments(), LofitDataArguments(), type(training)(output_dir=training.output_dir),
+                 ModelConfig()]  # fmt: skip
+        defaults = {name: value for part in usual for name, value in asdict(part).items()}
+        run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
+    with clear_errors(FileExistsError, OSError, FloatingPointError), run:
+        if run.finished:
+            print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
+        else:
+            if toy:
+                print("A toy: a tiny model in a synthetic world; its numbers say nothing about large models.")
+            counts = {split: len(rows) for split, rows in data[seeds[0]].items()}
+            run.data("-".join(fingerprint(data[seed])[:12] for seed in seeds), counts)
+            steps = len(settings.arms.keys()) + 1 + (settings.data.dataset == "myths")
+            run_seeds(run_seed, argv, seeds, steps, PRELOAD, parallel=toy and training.world_size == 1)
+            base = {"name": "tiny_lm", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
+                "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip
+            loss = "dpo" if isinstance(training, LofitDPOConfig) else "sft"
+            write_report(run, read_records(run.path, seeds), loss=loss, base_model=base)
+    show(run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,28 @@
+"""Errors as a user wants them: one line that says what is wrong and what to do, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of these kinds inside the block into `error: ...` and exit status 1.
+
+    For the parts of a program where they mean wrong input or a full disk (arguments, data, files), not bugs.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars and notices of libraries where a bar of ours stands for the whole."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

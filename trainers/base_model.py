@@ -1,0 +1,49 @@
+"""Load the base model of a recipe: a real one, or the tiny one that is built on the spot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_quantization_config
+
+
+def load_base(
+    config: ModelConfig, tiny: Callable[[], Path], keep_in: Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in eval mode, on `device`) and tokenizer; a tokenizer without a padding token pads with EOS.
+
+    Args:
+        config: TRL's model flags. Without `model_name_or_path` the folder that `tiny()` returns is the base.
+        keep_in: a run's folder, into which the tiny base is copied (as `base_model`): its adapters stay usable.
+
+    Raises:
+        OSError: the model is neither a local folder nor to be had from the Hub.
+    """
+    name = config.model_name_or_path
+    if name is None:
+        folder = tiny()
+        if keep_in is not None:
+            shutil.copytree(folder, keep_in / "base_model", dirs_exist_ok=True)
+            folder = keep_in / "base_model"
+        name = str(folder)
+    revision = config.model_revision if config.model_name_or_path else None
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation, "dtype": config.dtype}
+    quantization = get_quantization_config(config)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+    except OSError as error:
+        raise OSError(
+            f"cannot load --model_name_or_path {name}: neither a folder with config.json and weights, nor to be had "
+            f"from the Hub ({str(error).splitlines()[0]})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return (model if quantization is not None else model.to(device)).eval(), tokenizer

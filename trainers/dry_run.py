@@ -1,0 +1,61 @@
+"""What a run would do, shown before any time is spent: rows with their loss tokens, parameters, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, Trainer
+
+
+def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> None:
+    """Print the first rows of the first batch as the trainer will see them, then parameters and memory.
+
+    The masks are read from the collated batch itself (labels, or DPO's completion mask), not worked out again.
+    """
+    console = Console(highlight=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids, seen = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
+    loss = batch["completion_mask"].cpu().bool() if "completion_mask" in batch else batch["labels"].cpu() != -100
+    count = len(ids) // 2 if "completion_mask" in batch else len(ids)  # DPO: chosen rows, then rejected ones
+    console.print("First rows; the tokens that carry loss are green:", style="bold")
+    for row in range(min(rows, count)):
+        parts = {"chosen": row, "rejected": row + count} if "completion_mask" in batch else {"": row}
+        for name, index in parts.items():
+            text = Text(f"  {name + ':':10}" if name else "  ")
+            for token, carries in zip(ids[index][seen[index]], loss[index][seen[index]], strict=True):
+                piece = tokenizer.decode(token)
+                text.append(piece.replace("\n", "\\n"), style="bold green" if carries else "dim")
+            console.print(text)
+    tokens = int(seen.sum())
+    console.print(f"This batch: {len(ids)} sequences, {tokens} tokens, {int(loss.sum())} of them with loss.")
+    console.print(f"Steps: {len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs:.0f} per fit.")
+    for name, value in memory_estimate(trainer.model, batch["input_ids"].shape).items():
+        console.print(f"  {name:<42}{value:>16,}" + ("" if name.endswith("parameters") else " bytes"))
+
+
+def memory_estimate(model: Any, shape: tuple[int, int]) -> dict[str, int]:
+    """Parameters, and bytes by kind, of one training step on a batch of `shape` (rows, tokens).
+
+    Weights as they are loaded; gradients and AdamW's two moments (fp32) for trained parameters only. Activations: what
+    autograd keeps per token and layer, about `6 hidden + 4 heads * head_dim + 3 intermediate` numbers of the weights'
+    type, plus the head outputs' softmax statistics; an upper bound where the lowest trained layer is not the first.
+    """
+    config = model.config.get_text_config()
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_token = config.num_hidden_layers * (6 * config.hidden_size + 4 * width + 3 * inner)
+    size = parameters[0].element_size()
+    return {
+        "all parameters": sum(p.numel() for p in parameters),
+        "trained parameters": sum(p.numel() for p in trained),
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "optimiser (AdamW)": sum(8 * p.numel() for p in trained),
+        "activations (estimate, first batch)": shape[0] * shape[1] * per_token * size,
+    }

@@ -1,0 +1,86 @@
+"""Run the seeds of an experiment side by side on the CPU, with one progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Sequence
+from queue import Empty
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str], None]  # what has just been finished; counted by the bar
+Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report)
+
+
+def run_seeds(
+    worker: Worker, argv: list[str], seeds: Sequence[int], steps: int, preload: list[str], parallel: bool
+) -> None:
+    """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each.
+
+    Args:
+        worker: a function of a module's top level (it is imported again in the other processes). It writes its
+            results to files.
+        preload: modules that are imported once for all processes.
+        parallel: one process a seed, each with one thread; else one after the other in this process.
+
+    Raises:
+        What a worker raises, from whichever process (the others are stopped), with its traceback as a note.
+        RuntimeError: a process was killed.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=steps * len(seeds))
+
+        def report(seed: int, text: str) -> None:
+            bar.console.print(f"  seed {seed}: {text}", highlight=False)
+            bar.advance(task)
+
+        if not parallel or len(seeds) == 1:
+            for seed in seeds:
+                worker(argv, seed, lambda text, seed=seed: report(seed, text))  # type: ignore[misc]
+            return
+
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(preload)
+        queue = context.Queue()
+        processes = [context.Process(target=_run, args=(worker, argv, seed, queue), daemon=True) for seed in seeds]
+        for process in processes:
+            process.start()
+        try:
+            running = set(range(len(seeds)))
+            while running:
+                try:
+                    number, kind, content = queue.get(timeout=1)
+                except Empty:
+                    for index in [index for index in running if not processes[index].is_alive()]:
+                        raise RuntimeError(
+                            f"the process of seed {seeds[index]} ended with exit code {processes[index].exitcode}"
+                        ) from None
+                    continue
+                index = list(seeds).index(number)
+                if kind == "report":
+                    report(number, content)
+                elif kind == "done":
+                    running.discard(index)
+                else:
+                    raise content
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+
+
+def _run(worker: Worker, argv: list[str], seed: int, queue: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        worker(argv, seed, lambda text: queue.put((seed, "report", text)))
+        queue.put((seed, "done", ""))
+    except KeyboardInterrupt:
+        pass  # the parent got it too, and records it
+    except Exception as error:
+        error.add_note(f"in the process of seed {seed}:\n{traceback.format_exc()}")
+        queue.put((seed, "error", error))
