@@ -95,7 +95,9 @@ def show(run: RunFolder) -> None:
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    """Logged losses; of a run too short to log any, its mean."""
+    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    return points or [(entry["step"], entry["train_loss"]) for entry in log if "train_loss" in entry]
 
 
 def _samples(records: Records) -> Iterator[dict[str, Any]]:

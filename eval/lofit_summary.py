@@ -121,12 +121,17 @@ def table(results: Results, shown: Sequence[Column], total_heads: int, other_los
                 found = results.metric(arm, column.split, column.metric)
                 seeds = [results.questions(s, arm, column.split, column.metric)[0].mean() for s in results.seeds]
                 row[column.title] = {**found, "seeds": [float(value) for value in seeds]}
+                if column.metric == "nats_per_token":  # shown and stored as perplexity
+                    row[column.title] = {
+                        key: value if key == "n" or value is None else np.exp(value).tolist()
+                        for key, value in row[column.title].items()
+                    }
         rows.append(row)
     return rows
 
 
 def screen_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> list[dict[str, str]]:
-    """The table as text: `97 [94, 100]`, in per cent; perplexities from nats; the first column with every seed."""
+    """The table as text: `97.3 [94, 100]`, shares in per cent; the first column also with every seed."""
     lines = []
     for row in rows:
         line = {"method": row["method"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
@@ -134,20 +139,20 @@ def screen_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> l
             if column.title not in row:
                 continue
             found = row[column.title]
-            if column.metric == "nats_per_token":
-                line[column.title] = f"{math.exp(found['value']):.1f}" + _bounds(found, math.exp, 1)
+            if column.scale == 1:
+                line[column.title] = f"{found['value']:.1f}" + _bounds(found, 1, 1)
                 continue
-            line[column.title] = f"{100 * found['value']:.1f}" + _bounds(found, lambda value: 100 * value, 0)
+            line[column.title] = f"{100 * found['value']:.1f}" + _bounds(found, 100, 0)
             if number == 0 and len(found["seeds"]) > 1:
                 line["each seed"] = " ".join(f"{100 * value:.0f}" for value in found["seeds"])
         lines.append(line)
     return lines
 
 
-def _bounds(found: Mapping[str, Any], shown: Any, digits: int) -> str:
+def _bounds(found: Mapping[str, Any], scale: float, digits: int) -> str:
     if found["low"] is None:
         return ""
-    return f" [{shown(found['low']):.{digits}f}, {shown(found['high']):.{digits}f}]"
+    return f" [{scale * found['low']:.{digits}f}, {scale * found['high']:.{digits}f}]"
 
 
 def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) -> list[dict[str, Any]]:
@@ -164,7 +169,7 @@ def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) 
         inside = (
             found["low"] is not None and found["high"] is not None and low < found["low"] and found["high"] <= high
         )
-        detail = f"{100 * found['value']:.1f}{_bounds(found, lambda value: 100 * value, 1)}{more}"
+        detail = f"{100 * found['value']:.1f}{_bounds(found, 100, 1)}{more}"
         made.append({"claim": text, "supported": inside, "detail": detail})
 
     if toy:

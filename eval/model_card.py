@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 TOY = (
-    "> **A toy.** This run trained a tiny model on a synthetic world, to show the method at work. "
+    "> **A toy.** This run tuned a tiny model that was built on the spot, to show the method at work. "
     "Its numbers say nothing about large models."
 )
 
@@ -30,7 +30,7 @@ def model_card(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         parts += ["## Use", _loading(base, results["adapter"])]
     if "metrics" in results:
         parts += ["## Results", "Mean with a 95 % interval.", _table(results["metrics"])]
-    if "claims" in results:
+    if results.get("claims"):
         parts += ["## Claims", _claims(results["claims"])]
     if figures:
         parts.append("\n\n".join(f"![{name.removesuffix('.png')}](figures/{name})" for name in figures))
@@ -67,14 +67,30 @@ model = PeftModel.from_pretrained(model, {adapter!r})
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    lines = ["| metric | value | n |", "|---|---|---|"]
-    for name, value in _leaves(metrics):
-        if isinstance(value, Mapping):
-            interval = "" if value.get("low") is None else f" [{_plain(value['low'])}, {_plain(value['high'])}]"
-            lines.append(f"| {name} | {_plain(value['value'])}{interval} | {_plain(value.get('n', ''))} |")
-        else:
-            lines.append(f"| {name} | {_plain(value)} | |")
-    return "\n".join(lines)
+    """A row for each method (`before`, `after`, and those inside other sections), a column for each metric."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    rest: dict[str, Any] = {}
+    for section, content in metrics.items():
+        for name, methods in {section: content, **(content if isinstance(content, Mapping) else {})}.items():
+            if isinstance(methods, Mapping) and methods and all(_is_metric(value) for value in methods.values()):
+                rows[name] = methods
+        if section not in rows and not (isinstance(content, Mapping) and all(name in rows for name in content)):
+            rest[section] = content
+    columns = list(dict.fromkeys(name for methods in rows.values() for name in methods))
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, methods in rows.items():
+        cells = [_interval(methods[column]) if column in methods else "" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\n{_bullets(rest)}" if rest else "")
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value
+
+
+def _interval(metric: Mapping[str, Any]) -> str:
+    bounds = "" if metric.get("low") is None else f" [{_plain(metric['low'])}, {_plain(metric['high'])}]"
+    return _plain(metric["value"]) + bounds
 
 
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:

@@ -38,17 +38,23 @@ from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
 PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e-2}  # spec: Llama-2-7B, TruthfulQA
-MYTHS = {"l1_lambda": 5e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15}
+# Chosen on dev questions of worlds 10-14 and 20-24; the worlds reported are 0-2.
+MYTHS = {
+    "l1_lambda": 1e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15,
+    "all_heads_learning_rate": 0.1, "lora_learning_rate": 5e-4, "save_strategy": "no"}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
-    (True, "default"): MYTHS | {"seeds": [0, 1, 2], "save_strategy": "no"},
+    (True, "default"): MYTHS | {"seeds": [0, 1, 2]},
     (True, "smoke"): MYTHS | {
-        "world": "smoke", "save_strategy": "no", "draws": 1, "heads_percent": [10.0],
-        "arms": ["lofit", "random", "lora"]},
+        "world": "smoke", "draws": 1, "lora_learning_rate": 2e-3, "heads_percent": [12.5], "arms": ["lofit", "random", "lora"]},
     (False, "default"): PAPER | {"save_strategy": "epoch", "save_total_limit": 2},
     (False, "smoke"): PAPER | {
         "max_steps": 2, "max_train_rows": 16, "max_eval_rows": 8, "draws": 1, "save_strategy": "no"},
 }  # fmt: skip
-TINY = {"default": TinyConfig(), "smoke": TinyConfig(layers=4, steps=250)}  # the world's base
+TINY = {  # the bases of the two worlds
+    "default": TinyConfig(),
+    "smoke": TinyConfig(hidden_size=64, intermediate_size=128, layers=3, heads=8, kv_heads=4, steps=200,
+                        warmup_steps=20)}  # fmt: skip
+TINY_BYTES = replace(TINY["smoke"], tokenizer="byte", layers=2, steps=100, length=256, batch_size=4)
 PRELOAD = ["steerbook.trainers.lofit.arms", "steerbook.eval.lofit_report", "steerbook.trainers.tiny_lm"]
 
 
@@ -96,7 +102,7 @@ def tiny_base(settings: Settings, data: Any, seed: int) -> Path:
         return tiny_lm(corpus, seed=seed, config=TINY[settings.data.world], focus=myths.FOCUS)
     answer = "chosen" if "chosen" in data["train"].column_names else "completion"
     corpus = [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
-    return tiny_lm(corpus, seed=seed, config=TinyConfig(tokenizer="byte", steps=100, length=256, batch_size=8))
+    return tiny_lm(corpus, seed=seed, config=TINY_BYTES)
 
 
 def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
@@ -125,6 +131,8 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     base, tokenizer = load_base(settings.model, lambda: tiny_base(settings, data, seed), folder, training.device)
     heads = sum(grid(base).values())
     done = {file.parent.name for file in folder.glob("*/measured.json")}
+    for key in sorted(done):
+        report(f"{key} (measured before)")
 
     def record(name: str, splits: dict[str, Any], k: int | None = None, draw: int = 0, **facts: Any) -> None:
         key = arm_key(name, k, draw)
@@ -158,8 +166,8 @@ def main(argv: list[str]) -> None:
             trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))
             return show_dry_run(trainer, tokenizer)
         flags = {name: value for part in settings for name, value in asdict(part).items()}
-        usual = [RecipeArguments(), ArmArguments(), LofitDataArguments(), type(training)(output_dir=training.output_dir),
-                 ModelConfig()]  # fmt: skip
+        usual_training = type(training)(output_dir=training.output_dir)
+        usual = (RecipeArguments(), ArmArguments(), LofitDataArguments(), usual_training, ModelConfig())
         defaults = {name: value for part in usual for name, value in asdict(part).items()}
         run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(FileExistsError, OSError, FloatingPointError), run:
@@ -167,7 +175,7 @@ def main(argv: list[str]) -> None:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
             if toy:
-                print("A toy: a tiny model in a synthetic world; its numbers say nothing about large models.")
+                print("A toy: a tiny model, built here. Its numbers say nothing about large models.")
             counts = {split: len(rows) for split, rows in data[seeds[0]].items()}
             run.data("-".join(fingerprint(data[seed])[:12] for seed in seeds), counts)
             steps = len(settings.arms.keys()) + 1 + (settings.data.dataset == "myths")

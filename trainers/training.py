@@ -46,7 +46,7 @@ class HouseArguments:
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = accelerator
         if "activation_checkpointing" in self.__dataclass_fields__:  # transformers' new name; the old one alone warns
-            if self.activation_checkpointing is None:
+            if getattr(self, "activation_checkpointing") is None:  # noqa: B009
                 self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]
 

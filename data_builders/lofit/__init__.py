@@ -35,7 +35,7 @@ class LofitDataArguments:
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub data set."})
     loss: Literal["auto", "dpo", "sft"] = field(
-        default="auto", metadata={"help": "auto: dpo for myths and truthfulqa, sft for mquake and clutrr."}
+        default="auto", metadata={"help": "auto: dpo for truthfulqa, sft for the others."}
     )
     prompt_style: Literal["clean", "paper"] = field(
         default="clean",
@@ -90,7 +90,7 @@ def build(args: LofitDataArguments) -> DatasetDict:
 
 
 def resolved_loss(args: LofitDataArguments) -> Literal["dpo", "sft"]:
-    """What `auto` means for this data set (the paper's choice)."""
+    """What `auto` means for this data set: the paper's choice; for myths SFT on the truth, the milder of the two."""
     if args.loss != "auto":
         return args.loss
-    return "dpo" if args.dataset in ("myths", "truthfulqa") else "sft"
+    return "dpo" if args.dataset == "truthfulqa" else "sft"

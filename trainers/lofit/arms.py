@@ -43,6 +43,9 @@ class ArmArguments:
     selection_learning_rate: float = field(
         default=5e-3, metadata={"help": "Learning rate of the scales (stage 1; --l1_lambda is their penalty)."}
     )
+    all_heads_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of offsets on all heads; default: that of the few."}
+    )
     lora_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the LoRA baseline."})
     red_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the RED baseline."})
     iti_alphas: list[float] = field(
@@ -189,11 +192,20 @@ def train_arms(
                 yield from tune("layer_matched", offsets(layer_matched_heads(heads_per_layer, heads, number)), k, draw)
 
     main_k, main_heads = next(iter(chosen.items()))
+    all_rate = arguments.all_heads_learning_rate or args.learning_rate
     if wanted("all"):
-        yield from tune("all", offsets(None))
+        yield from tune("all", offsets(None), learning_rate=all_rate)
     if wanted("offset_norm", main_k):
         everything = fit(
-            base, tokenizer, rows, args, out_dir / arm_key("all"), peft_config=offsets(None), l1_lambda=0.0, seed=seed
+            base,
+            tokenizer,
+            rows,
+            args,
+            out_dir / arm_key("all"),
+            peft_config=offsets(None),
+            l1_lambda=0.0,
+            seed=seed,
+            learning_rate=all_rate,
         )  # loaded, where the arm "all" has just run
         norms = learned_scores(everything.model, "offset")
         everything.model.unload()
@@ -206,10 +218,13 @@ def train_arms(
     if wanted("red"):
         yield from tune("red", None, learning_rate=arguments.red_learning_rate)
     if wanted("iti", main_k):
-        if "rejected" not in rows.column_names:
-            logger.warning("ITI is left out: it needs false answers, and these rows have none")
+        pairs = [
+            candidate for candidate in (rows, other[0] if other else rows) if "rejected" in candidate.column_names
+        ]
+        if pairs:
+            yield from iti_arm(base, tokenizer, pairs[0], arguments.iti_alphas, main_k, seed, score)
         else:
-            yield from iti_arm(base, tokenizer, rows, arguments.iti_alphas, main_k, seed, score)
+            logger.warning("ITI is left out: it needs false answers, and these rows have none")
 
 
 def iti_arm(

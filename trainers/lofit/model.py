@@ -99,13 +99,11 @@ class LofitModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    model: Any
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Parameters start in fp32; only an explicit `autocast_adapter_dtype=False` gives them the base's dtype."""
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, True)
-        for layer in self.model.modules():
+        for layer in self.modules():
             if isinstance(layer, LofitLayer):
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft import BeftConfig, IA3Config, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import PreTrainedModel
 
@@ -29,7 +31,9 @@ def red_model(model: PreTrainedModel) -> PeftModel:
         raise ValueError(f"RED does not know the MLP output of {model_type!r}; known: {', '.join(MLP_OUTPUTS)}")
     target = MLP_OUTPUTS[model_type]
     tuned = get_peft_model(model, IA3Config(target_modules=[target], feedforward_modules=[], task_type="CAUSAL_LM"))
-    inject_adapter_in_model(BeftConfig(target_modules=[target]), tuned.get_base_model(), adapter_name="red_bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are two tuners on one model, and that BEFT's bias cannot merge
+        inject_adapter_in_model(BeftConfig(target_modules=[target]), tuned.get_base_model(), "red_bias")
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad = "ia3_l" in name or "beft_bias" in name
     return tuned

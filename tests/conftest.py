@@ -1,0 +1,65 @@
+"""Every test runs offline, on one CPU thread, without telemetry, with a cache of its own."""
+
+import os
+import socket
+
+# Before any library is imported: most read these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    DO_NOT_TRACK="1",
+    WANDB_MODE="disabled",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES="",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+class NetworkBlockedError(RuntimeError):
+    """A test tried to reach the network."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline():
+    """Sockets between processes of this machine (AF_UNIX, multiprocessing's) work; all others are refused."""
+
+    def guarded(method):
+        def call(self, address, *args):
+            if self.family != getattr(socket, "AF_UNIX", None):
+                raise NetworkBlockedError(f"tests run offline, but something connects to {address!r}")
+            return method(self, address, *args)
+
+        return call
+
+    def no_names(host, *args, **kwargs):
+        raise NetworkBlockedError(f"tests run offline, but something looks up {host!r}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", no_names)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Tiny bases that tests build are shared within one session and gone after it."""
+    folder = tmp_path_factory.mktemp("steerbook_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEERBOOK_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random tensors in every test, in whichever order they run."""
+    torch.manual_seed(0)
