@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ..files import is_main_process
 from .lofit_figures import bars, heads_map, loss_curves
 from .lofit_summary import Results, claims, columns, overlaps, screen_rows, table
-from .report import RunFolder, results_table
+from .report import RunFolder, results_table, wide_console
 
 Records = dict[int, dict[str, dict[str, Any]]]
 
@@ -28,25 +27,25 @@ def read_records(folder: Path, seeds: Sequence[int]) -> Records:
     return records
 
 
-def write_report(run: RunFolder, records: Records, *, loss: str, base_model: Mapping[str, Any]) -> None:
-    """Fill the run folder. `loss` ("dpo" or "sft") names the arms tuned with the other loss."""
+def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
+    """Fill the run folder."""
     results = Results(records)
     first = records[results.seeds[0]]
-    ks, total = first["base"]["ks"], first["base"]["total_heads"]
+    ks = results.ks
     shown = columns(first["base"]["splits"])
-    rows = table(results, shown, total, other_loss={"dpo": "sft", "sft": "dpo"}[loss])
+    rows = table(results, shown)
     arms = {
         row["method"]: {column.title: row[column.title] for column in shown if column.title in row} for row in rows
     }
-    main = results.label(("lofit", ks[0]), total)
+    main = results.label(("lofit", ks[0]))
     run.update(
         metrics={
             "before": arms["base"],
             "after": arms.get(main, {}),
             "baselines": {name: values for name, values in arms.items() if name not in ("base", main)},
-            "head_overlap": overlaps(results, ks),
+            "head_overlap": overlaps(results),
         },
-        claims=claims(results, shown[0], ks, total),
+        claims=claims(results, shown[0]),
         trainable_parameters={row["method"]: row["parameters"] for row in rows if row["parameters"]},
         cost={"seconds": {row["method"]: round(row["seconds"], 2) for row in rows if row["seconds"]}},
         base_model=base_model,
@@ -77,13 +76,12 @@ def show(run: RunFolder) -> None:
     if not is_main_process():
         return
     results = Results(read_records(run.path, [int(p.name[5:]) for p in sorted(run.path.glob("seed_*"))]))
-    base = results.records[results.seeds[0]]["base"]
-    shown = columns(base["splits"])
-    lines = screen_rows(table(results, shown, base["total_heads"], other_loss="other loss"), shown)
+    shown = columns(results.records[results.seeds[0]]["base"]["splits"])
+    lines = screen_rows(table(results, shown), shown)
     titles = ["method", "parameters", "seconds", shown[0].title, "each seed", *(column.title for column in shown[1:])]
     note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
     results_table(lines, titles, f"Held-out questions, per cent, with 95 % intervals{note}")
-    console = Console(highlight=False)
+    console = wide_console()
     for claim in run.results.get("claims", []):
         mark = "[green]supported    [/]" if claim["supported"] else "[red]not supported[/]"
         console.print(f"{mark} {claim['claim']}: {claim['detail']}")

@@ -70,6 +70,10 @@ class Results:
         for seed in self.seeds:
             for record in records[seed].values():
                 self.arms.setdefault((record["name"], record["k"]))
+        base = records[self.seeds[0]]["base"]
+        self.total_heads: int = base["total_heads"]
+        self.ks: list[int] = base["ks"]
+        self.loss: str = base["loss"]
 
     def draws(self, seed: int, arm: tuple[str, int | None]) -> list[Record]:
         return [record for record in self.records[seed].values() if (record["name"], record["k"]) == arm]
@@ -98,20 +102,22 @@ class Results:
             scored.append((sum(weight * values for weight, values, _ in parts), parts[0][2]))
         return seed_metric(*zip(*scored, strict=True))
 
-    def label(self, arm: tuple[str, int | None], total_heads: int, other_loss: str = "") -> str:
+    def share(self, k: int) -> str:
+        return f"{100 * k / self.total_heads:.0f} %"
+
+    def label(self, arm: tuple[str, int | None]) -> str:
         name, k = arm
-        share = f" {100 * k / total_heads:.0f} %" if k is not None and name != "all" else ""
-        loss = f" ({other_loss})" if name == "other" else ""
-        return f"{NAMES[name]}{share}{loss}"
+        loss = {"dpo": " (sft)", "sft": " (dpo)"}[self.loss] if name == "other" else ""
+        return NAMES[name] + (f" {self.share(k)}" if k is not None else "") + loss
 
 
-def table(results: Results, shown: Sequence[Column], total_heads: int, other_loss: str) -> list[dict[str, Any]]:
+def table(results: Results, shown: Sequence[Column]) -> list[dict[str, Any]]:
     """One row an arm: parameters, seconds, and for each column the metric with its interval and every seed's mean."""
     rows = []
     for arm in results.arms:
         drawn = [record for seed in results.seeds for record in results.draws(seed, arm)]
         row: dict[str, Any] = {
-            "method": results.label(arm, total_heads, other_loss),
+            "method": results.label(arm),
             "parameters": drawn[0]["trained"],
             "seconds": float(np.mean([record["seconds"] for record in drawn])),
             "draws": len(results.draws(results.seeds[0], arm)),
@@ -155,15 +161,14 @@ def _bounds(found: Mapping[str, Any], scale: float, digits: int) -> str:
     return f" [{scale * found['low']:.{digits}f}, {scale * found['high']:.{digits}f}]"
 
 
-def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) -> list[dict[str, Any]]:
+def claims(results: Results, main: Column) -> list[dict[str, Any]]:
     """What the run set out to show. A claim holds only if its whole 95 % interval does; at least three seeds judge."""
     if len(results.seeds) < 3:
         return []
     made: list[dict[str, Any]] = []
-    split, name = main.split, main.metric
+    split, name, ks = main.split, main.metric, results.ks
     base, marker, lofit, lora = ("base", None), ("marker", None), ("lofit", ks[0]), ("lora", None)
     toy = marker in results.arms  # only the embedded world promises numbers
-    share = {k: f"{100 * k / total_heads:.0f} %" for k in ks}
 
     def claim(text: str, found: Metric, low: float = -math.inf, high: float = math.inf, more: str = "") -> None:
         inside = (
@@ -177,7 +182,7 @@ def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) 
         claim("and knows the truth (MC1 over 90 % behind a reliable marker)", results.metric(marker, split, name), 0.9)
     for where, what in ((split, "held-out questions"), ("test_relations", "held-out relations")):
         if results.has(lofit, where):
-            text = f"LoFiT on {share[ks[0]]} of the heads gains {'over 75 points ' if toy else ''}on {what}"
+            text = f"LoFiT on {results.share(ks[0])} of the heads gains {'over 75 points ' if toy else ''}on {what}"
             claim(text, results.combination({lofit: 1, base: -1}, where, name), 0.75 if toy else 0.0)
     if results.has(lofit, split) and results.has(lora, split):
         parameters = {arm: results.draws(results.seeds[0], arm)[0]["trained"] for arm in (lofit, lora)}
@@ -193,20 +198,19 @@ def claims(results: Results, main: Column, ks: Sequence[int], total_heads: int) 
         for control in ("random", "layer_matched"):
             if results.has(("lofit", k), split) and results.has((control, k), split):
                 found = results.combination({("lofit", k): 1, (control, k): -1}, split, name)
-                claim(f"learned heads beat {NAMES[control]} at {share[k]}", found, 0.0)
+                claim(f"learned heads beat {NAMES[control]} at {results.share(k)}", found, 0.0)
     for where, what in (("control", "facts without a misconception"), ("marked", "what unreliable sources say")):
         if results.has(lofit, where):
             found = results.combination({lofit: 1, base: -1}, where, "mc1")
-            claim(f"LoFiT on {share[ks[0]]} loses less than 5 points on {what}", found, -0.05)
+            claim(f"LoFiT on {results.share(ks[0])} loses less than 5 points on {what}", found, -0.05)
     return made
 
 
-def overlaps(results: Results, ks: Sequence[int]) -> dict[str, Any]:
+def overlaps(results: Results) -> dict[str, Any]:
     """Heads shared by two seeds, observed and by chance, for each `k`."""
     shared = {}
-    total_heads = results.records[results.seeds[0]]["base"]["total_heads"]
-    for k in ks:
+    for k in results.ks:
         chosen = [record["heads"] for seed in results.seeds for record in results.draws(seed, ("lofit", k))]
         if len(chosen) > 1:
-            shared[f"k={k}"] = head_overlap([[tuple(head) for head in heads] for heads in chosen], total_heads)
+            shared[f"k={k}"] = head_overlap([[tuple(head) for head in heads] for heads in chosen], results.total_heads)
     return shared

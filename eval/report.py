@@ -190,6 +190,11 @@ def format_interval(metric: Metric, *, scale: float = 1.0, digits: int = 3) -> s
     return f"{value} [{metric['low'] * scale:.{digits}f}, {metric['high'] * scale:.{digits}f}]"
 
 
+def wide_console() -> Console:
+    """The terminal; a file or pipe, which has no width to fold to, gets 200 columns."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
 def results_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], title: str) -> None:
     """Print a table, on rank 0; the first column is text, the others numbers. Missing cells stay empty."""
     if not is_main_process():
@@ -199,6 +204,6 @@ def results_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], tit
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    console = Console() if sys.stdout.isatty() else Console(width=200)  # a file or pipe has no width to fold to
+    console = wide_console()
     console.print(title, style="bold", highlight=False)
     console.print(table)

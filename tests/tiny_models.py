@@ -77,9 +77,7 @@ ARCHITECTURES = {
     "qwen3": _llama_like(Qwen3ForCausalLM, Qwen3Config, head_dim=10),
     "gemma3_text": _llama_like(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=6, sliding_window=4),
     "phi3": Architecture(
-        lambda: Phi3ForCausalLM(
-            Phi3Config(**{**_GQA, "original_max_position_embeddings": 64})
-        ),
+        lambda: Phi3ForCausalLM(Phi3Config(**{**_GQA, "original_max_position_embeddings": 64})),
         "model.layers.{}.self_attn.o_proj",
         4,
         8,

@@ -26,7 +26,9 @@ def model_fingerprint(model: nn.Module) -> str:
             tensors[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = tensor
     for name in sorted(tensors):
         flat = tensors[name].detach().reshape(-1)
-        picked = flat[torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device).long()]
+        count = min(SAMPLES, flat.numel())
+        # In integers: fp32 `linspace` rounds the last index of an 8B model's embedding out of range.
+        picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
         values = picked.to("cpu", torch.bfloat16 if picked.is_floating_point() else torch.int64)
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
         digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())

@@ -66,10 +66,13 @@ def run_seeds(
                     running.discard(index)
                 else:
                     raise content
+            for process in processes:
+                process.join()
         finally:
             for process in processes:
-                process.terminate()
+                process.kill()  # only those that still run after an error or Ctrl-C
                 process.join()
+            queue.close()
 
 
 def _run(worker: Worker, argv: list[str], seed: int, queue: Any) -> None:

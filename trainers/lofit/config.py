@@ -86,7 +86,7 @@ def check_heads(heads: list[tuple[int, int]]) -> list[tuple[int, int]]:
         raise ValueError("heads=[] selects no head; leave heads out (None) to edit every head")
     pairs = []
     for entry in heads:
-        if len(entry) != 2 or not all(isinstance(n, int) and n >= 0 for n in entry):
+        if not isinstance(entry, list | tuple) or [isinstance(n, int) and n >= 0 for n in entry] != [True, True]:
             raise ValueError(f"heads holds {entry!r}; each entry must be a pair (layer, head) of numbers >= 0")
         pairs.append((entry[0], entry[1]))
     repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})

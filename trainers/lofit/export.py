@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .layer import LofitLayer
@@ -61,7 +63,7 @@ def export_merged(
     try:
         for layer in to_merge:
             layer.merge(safe_merge=True)
-        offsets = any(layer.lofit_offset for layer in layers.values())
+        offsets = any(name in layer.lofit_offset for layer in layers.values() for name in layer.merged_adapters)
         plain = plain_model(base, export_config(base.config, offsets))
         plain.save_pretrained(scratch)
         if tokenizer is not None:
@@ -96,11 +98,13 @@ def check_exportable(base: PreTrainedModel, layers: dict[str, LofitLayer]) -> No
             raise ValueError(
                 f"{name} is quantised ({weight.dtype}); load the base unquantised with this adapter, and export that"
             )
-    foreign = [name for name, p in base.named_parameters() if ".lora_" in name or ".ia3_" in name]
-    if foreign:
-        raise ValueError(
-            f"the model also holds another tuner's weights ({foreign[0]}, ...); merge or unload those first"
-        )
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LofitLayer):
+            raise ValueError(
+                f"the model also holds another tuner's weights ({name}, ...); merge or unload those first"
+            )
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"{name} was trained in full (modules_to_save), which export_merged does not fold in")
 
 
 def export_config(config: PreTrainedConfig, offsets: bool) -> PreTrainedConfig:

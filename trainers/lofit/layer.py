@@ -84,7 +84,8 @@ class LofitLayer(nn.Module, BaseTunerLayer):
                 if parameters[adapter_name].device.type != "meta":
                     if config.init_std > 0:
                         nn.init.normal_(parameters[adapter_name], std=config.init_std)
-                    parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+                    if device.type != "meta":
+                        parameters[adapter_name].data = parameters[adapter_name].data.to(device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

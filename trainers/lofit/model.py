@@ -105,7 +105,7 @@ class LofitModel(BaseTuner):
             return super()._cast_adapter_dtype(adapter_name, True)
         for layer in self.modules():
             if isinstance(layer, LofitLayer):
-                layer._move_adapter_to_device_of_base_layer(adapter_name)
+                BaseTunerLayer._move_adapter_to_device_of_base_layer(layer, adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         bare = {
