@@ -13,6 +13,7 @@ import argparse
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 

@@ -56,48 +56,39 @@ def heads_map(scores: ArrayLike, selected: Sequence[tuple[int, int]], path: Path
 def bars(
     groups: Mapping[str, Mapping[str, Metric]], path: Path, *, title: str, label: str, scale: float = 100.0
 ) -> None:
-    """Grouped bars with intervals: ``groups[method][metric]``; ``scale=100`` shows shares as per cent."""
+    """Horizontal bars with intervals, a group a method: ``groups[method][metric]``; ``scale=100``: per cent."""
     names = list(dict.fromkeys(name for metrics in groups.values() for name in metrics))
     if not groups or not names:
         raise ValueError("no bars to draw; give at least one method with one metric")
-    figure = Figure(
-        figsize=(max(5.0, 1.1 + 0.42 * len(groups) * len(names) + 0.5 * len(groups)), 3.8), layout="constrained"
-    )
+    height = 0.82 / len(names)
+    figure = Figure(figsize=(7.2, 1.2 + len(groups) * (0.16 + 0.17 * len(names))), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.82 / len(names)
-    every = [metric for metrics in groups.values() for metric in metrics.values()]
-    top = (
-        scale * max([metric["value"] if metric["high"] is None else metric["high"] for metric in every] + [0.0]) or 1.0
-    )
-    bottom = scale * min([metric["value"] if metric["low"] is None else metric["low"] for metric in every] + [0.0])
+    ends = [0.0]
     for number, name in enumerate(names):
         for place, metrics in enumerate(groups.values()):
             if name not in metrics:
                 continue
             metric = metrics[name]
-            x, value = place + (number - (len(names) - 1) / 2) * width, metric["value"] * scale
-            axes.bar(x, value, width * 0.92, color=COLOURS[number % len(COLOURS)], label=name if not place else None)
-            high = value
-            if metric["low"] is not None and metric["high"] is not None:
-                high = metric["high"] * scale
-                axes.errorbar(
-                    x, value, [[max(0.0, value - metric["low"] * scale)], [max(0.0, high - value)]],
-                    color=INK, linewidth=1.1, capsize=2.5,
-                )  # fmt: skip
-            axes.text(
-                x, max(high, value) + top * 0.015, _short(value), ha="center", va="bottom", fontsize=8, color=INK
-            )
+            y, value = place + (number - (len(names) - 1) / 2) * height, metric["value"] * scale
+            low = value if metric["low"] is None else metric["low"] * scale
+            high = value if metric["high"] is None else metric["high"] * scale
+            axes.barh(y, value, height * 0.92, color=COLOURS[number % len(COLOURS)], label=name if not place else None)
+            if metric["low"] is not None:
+                spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                axes.errorbar(value, y, xerr=spread, color=INK, linewidth=1.0, capsize=2)
+            axes.annotate(
+                _short(value), (max(high, value, 0.0), y), (3, 0), textcoords="offset points", va="center", fontsize=8,
+                color=INK,
+            )  # fmt: skip
+            ends += [low, high, value]
     _style(axes, title)
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set(ylabel=label, ylim=(bottom * 1.1, top * 1.1))
-    axes.set_xticks(range(len(groups)), _folded(list(groups)))
-    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.set(xlabel=label, xlim=(1.1 * min(ends), (1.1 * max(ends)) or 1.0), ylim=(len(groups) - 0.4, -0.6))
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.tick_params(axis="y", length=0)
     if len(names) > 1:
         handles = [Rectangle((0, 0), 1, 1, color=COLOURS[n % len(COLOURS)]) for n in range(len(names))]
-        axes.legend(
-            handles, names, frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9
-        )
-        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=24)
+        figure.legend(handles, names, frameon=False, ncols=len(names), loc="outside lower left", fontsize=9)
     _save(figure, path)
 
 
@@ -143,10 +134,6 @@ def _short(value: float) -> str:
         if abs(value) >= 0.95 or value == 0
         else f"{value:.2g}"
     )
-
-
-def _folded(names: Sequence[str]) -> list[str]:
-    return [name.replace(" ", "\n", 1) if len(name) > 9 else name for name in names]
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bad input, interruption and a full disk, through recipes/lofit.py as a user meets them: a clear error, nothing lost."""
+"""Bad input, interruption and a full disk, through recipes/lofit.py: a clear error of at most a screen, nothing lost."""
 
 import csv
 import errno
@@ -76,6 +76,12 @@ def truthfulqa(folder: Path, *train: dict[str, str], columns: list[str] | None =
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The default output folder is relative."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def error(recipe, capsys) -> Callable[..., str]:
     """Calls the recipe, which must stop with an error of at most a screen; returns its text."""
@@ -116,8 +122,10 @@ def measured(tmp_path: Path) -> dict[str, int]:
 # ---- flags and YAML ----
 
 
-def test_unknown_flag(error):
-    assert "--learning_rat" in error("--learning_rat", "0.1")
+@pytest.mark.parametrize("flag", ["--nonsense", "--learning_rat", "--max_train_row"])
+def test_unknown_flag(error, flag):
+    """Also one that begins like a flag: in YAML it is an error too."""
+    assert flag in error("--dataset", "truthfulqa", flag, "1")
 
 
 def test_unknown_data_set_lists_the_known_ones(error):
@@ -152,15 +160,16 @@ def test_yaml_that_is_none(error, tmp_path):
     assert "broken.yaml" in error("--config", path)
 
 
-@pytest.mark.parametrize("line", ["k: 32", "seeds: 7", "arms: lofit"])
+@pytest.mark.parametrize("line", ["k: 32", "seeds: 7", "arms: lofit", "data_files: DIR"])
 def test_yaml_with_one_value_for_a_list(recipe, tmp_path, line):
     """It is what one writes first: taken as a list of one."""
     path = tmp_path / "one.yaml"
-    path.write_text(line + "\n")
+    path.write_text(f"dataset: truthfulqa\n{line}\n")
     settings = recipe.parse(["--config", str(path)])
-    assert settings.arms.k in (None, [32])
-    assert settings.recipe.seeds in ([42], [0, 1, 2], [7])
-    assert "lofit" in settings.arms.arms and isinstance(settings.arms.arms, list)
+    name = line.partition(":")[0]
+    values = {"k": settings.arms.k, "seeds": settings.recipe.seeds}
+    values |= {"arms": settings.arms.arms, "data_files": settings.data.data_files}
+    assert values[name] == {"k": [32], "seeds": [7], "arms": ["lofit"], "data_files": ["DIR"]}[name]
 
 
 def test_yaml_that_is_not_there(error, tmp_path):
@@ -275,22 +284,34 @@ def test_missing_model(error, real, tmp_path):
     assert "no_model" in text and "--model_name_or_path" in text
 
 
-def test_model_folder_without_weights(error, real, tmp_path, tiny):
-    (tmp_path / "half").mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "half" / name).write_bytes((Path(tiny) / name).read_bytes())
-    text = error(*real, "--model_name_or_path", tmp_path / "half")
-    assert "half" in text and "--model_name_or_path" in text
-
-
-def test_model_cut_short(error, real, tmp_path, tiny):
-    (tmp_path / "cut").mkdir()
+def broken(tiny: str, folder: Path, name: str, change: Callable[[bytes], bytes | None]) -> str:
+    """A copy of the tiny model with one file changed, or without it."""
+    folder.mkdir()
     for file in Path(tiny).iterdir():
-        content = file.read_bytes()
-        (tmp_path / "cut" / file.name).write_bytes(
-            content[: len(content) // 2] if file.suffix == ".safetensors" else content
-        )
-    assert "cut" in error(*real, "--model_name_or_path", tmp_path / "cut")
+        content = change(file.read_bytes()) if file.name == name else file.read_bytes()
+        if content is not None:
+            (folder / file.name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda content: None),
+        ("model.safetensors", lambda content: content[: len(content) // 2]),
+        ("config.json", lambda content: None),
+        ("config.json", lambda content: content[:20]),
+        ("config.json", lambda content: content.replace(b'"llama"', b'"quux"')),
+        ("config.json", lambda content: content.replace(b'"intermediate_size": 48', b'"intermediate_size": 64')),
+        ("tokenizer.json", lambda content: None),
+        ("tokenizer.json", lambda content: content[:20]),
+    ],
+    ids=["no weights", "cut weights", "no config", "cut config", "unknown type", "other shape", "no tok", "cut tok"],
+)
+def test_model_that_is_not_whole(error, real, tmp_path, tiny, name, change):
+    model = broken(tiny, tmp_path / "my_model", name, change)
+    text = error(*real, "--model_name_or_path", model)
+    assert "my_model" in text and "--model_name_or_path" in text
 
 
 # ---- the output folder ----
@@ -339,9 +360,9 @@ def test_interrupted_run_continues_without_repeating(recipe, real, tmp_path, mon
         return original(*args, **kwargs)
 
     monkeypatch.setattr(recipe, "measure", measure)
-    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+    with pytest.raises(SystemExit) as caught:  # no traceback
         recipe.main(real)
-    assert getattr(caught.value, "code", 130) not in (None, 0)
+    assert caught.value.code not in (None, 0)
     assert results(tmp_path)["status"] == "interrupted"
     done = measured(tmp_path)
     assert done.keys() == {"base", "lofit_k2"}
@@ -366,7 +387,7 @@ def test_loss_that_is_no_number_keeps_the_earlier_arms(error, real, tmp_path):
 
 
 def test_offsets_that_are_no_numbers_are_not_saved(error, real, tmp_path):
-    error(*real, "--learning_rate", "1e39", "--max_steps", "5")
+    error(*real, "--learning_rate", "1e30", "--max_steps", "5")
     assert results(tmp_path)["status"] == "failed"
     assert measured(tmp_path).keys() == {"base"}
     assert not list((tmp_path / "run").glob("seed_42/lofit_k2/*.safetensors"))
@@ -429,7 +450,7 @@ def test_embedded_world_interrupted_and_continued(recipe, tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "train_arms", interrupted)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        with pytest.raises(SystemExit):
             recipe.main(flags)
     assert results(tmp_path)["status"] == "interrupted"
     done = measured(tmp_path)

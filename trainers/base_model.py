@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
@@ -22,7 +23,8 @@ def load_base(
         keep_in: a run's folder, into which the tiny base is copied (as `base_model`): its adapters stay usable.
 
     Raises:
-        OSError: the model is neither a local folder nor to be had from the Hub.
+        OSError: the model is neither a local folder nor to be had from the Hub, or its files do not make a model (cut
+            short, of an unknown architecture, without a tokenizer), or not with these flags.
     """
     name = config.model_name_or_path
     if name is None:
@@ -44,6 +46,9 @@ def load_base(
             f"cannot load --model_name_or_path {name}: neither a folder with config.json and weights, nor to be had "
             f"from the Hub ({str(error).splitlines()[0]})"
         ) from error
+    except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise OSError(f"cannot load --model_name_or_path {name} ({reason})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if quantization is not None else model.to(device)).eval(), tokenizer
