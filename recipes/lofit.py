@@ -99,12 +99,13 @@ def rows_of(settings: Settings, seed: int, **changes: Any) -> Any:
 
 def tiny_base(settings: Settings, data: Any, seed: int) -> Path:
     """The embedded base: trained on the world's corpus, or on the texts of a real data set (a toy all the same)."""
+    untrained = {"steps": 0} if settings.recipe.dry_run else {}
     if settings.data.dataset == "myths":
         corpus = myths.corpus(seed, settings.data.world)
-        return tiny_lm(corpus, seed=seed, config=TINY[settings.data.world], focus=myths.FOCUS)
+        return tiny_lm(corpus, seed=seed, config=replace(TINY[settings.data.world], **untrained), focus=myths.FOCUS)
     answer = "chosen" if "chosen" in data["train"].column_names else "completion"
     corpus = [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
-    return tiny_lm(corpus, seed=seed, config=TINY_BYTES)
+    return tiny_lm(corpus, seed=seed, config=replace(TINY_BYTES, **untrained))
 
 
 def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
@@ -169,6 +170,7 @@ def main(argv: list[str]) -> None:
         toy = settings.model.model_name_or_path is None
         data = {seed: rows_of(settings, seed) for seed in seeds}
         if settings.recipe.dry_run:
+            quiet_libraries()
             first = data[seeds[0]]
             model, tokenizer = load_base(settings.model, lambda: tiny_base(settings, first, seeds[0]))
             trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))

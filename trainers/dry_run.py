@@ -19,14 +19,17 @@ def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int
     ids, seen = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
     loss = batch["completion_mask"].cpu().bool() if "completion_mask" in batch else batch["labels"].cpu() != -100
     count = len(ids) // 2 if "completion_mask" in batch else len(ids)  # DPO: chosen rows, then rejected ones
-    console.print("First rows; the tokens that carry loss are green:", style="bold")
+    console.print(Text("First rows; [the tokens that carry loss] are green:", style="bold"))
     for row in range(min(rows, count)):
         parts = {"chosen": row, "rejected": row + count} if "completion_mask" in batch else {"": row}
         for name, index in parts.items():
             text = Text(f"  {name + ':':10}" if name else "  ")
-            for token, carries in zip(ids[index][seen[index]], loss[index][seen[index]], strict=True):
-                piece = tokenizer.decode(token)
-                text.append(piece.replace("\n", "\\n"), style="bold green" if carries else "dim")
+            marks = loss[index][seen[index]].tolist()
+            for place, token in enumerate(ids[index][seen[index]]):
+                opens = marks[place] and not (place and marks[place - 1])
+                closes = marks[place] and not (place + 1 < len(marks) and marks[place + 1])
+                piece = "[" * opens + tokenizer.decode(token).replace("\n", "\\n") + "]" * closes
+                text.append(piece, style="bold green" if marks[place] else "dim")
             console.print(text)
     tokens = int(seen.sum())
     console.print(f"This batch: {len(ids)} sequences, {tokens} tokens, {int(loss.sum())} of them with loss.")

@@ -99,6 +99,8 @@ def head_outputs(
     seen: dict[int, list[torch.Tensor]] = {}
     last: torch.Tensor
     handles = []
+    modes = {module: module.training for module in model.modules()}
+    probe.eval()  # a fit leaves the base in training mode, and GPT-2 has dropout
     try:
         for name, layer in probe.named_modules():
             if isinstance(layer, LofitLayer):
@@ -120,6 +122,8 @@ def head_outputs(
         for handle in handles:
             handle.remove()
         probe.unload()
+        for module, training in modes.items():
+            module.training = training
     return {layer: torch.cat(rows) for layer, rows in sorted(seen.items())}
 
 

@@ -112,6 +112,9 @@ def learned_scores(model: nn.Module, component: Component, adapter_name: str = "
 
 def top_heads(scores: dict[int, list[float]], k: int) -> list[tuple[int, int]]:
     """The `k` heads with the highest scores, best first; ties by (layer, head)."""
+    for layer, row in scores.items():
+        if any(math.isnan(score) for score in row):
+            raise ValueError(f"layer {layer} has the scores {row}; with a nan among them heads cannot be ranked")
     ranked = sorted(
         ((layer, head) for layer, row in scores.items() for head in range(len(row))),
         key=lambda at: (-scores[at[0]][at[1]], at),
