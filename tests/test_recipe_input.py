@@ -391,13 +391,6 @@ def test_loss_that_is_no_number_keeps_the_earlier_arms(error, real, tmp_path):
         assert "lora" not in file.parent.name
 
 
-def test_offsets_that_are_no_numbers_are_not_saved(error, real, tmp_path):
-    error(*real, "--learning_rate", "1e30", "--max_steps", "5")
-    assert results(tmp_path)["status"] == "failed"
-    assert measured(tmp_path).keys() == {"base"}
-    assert not list((tmp_path / "run").glob("seed_42/lofit_k2/*.safetensors"))
-
-
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -41,9 +41,11 @@ def checkpoint_problem(folder: Path, step: int) -> str | None:
         return "trainer_state.json is missing: the save was interrupted"
     except ValueError:
         return "trainer_state.json is cut short"
+    if not isinstance(state, dict):
+        return "trainer_state.json holds no object"
     if state.get("global_step") != step:
         return f"trainer_state.json speaks of step {state.get('global_step')}"
-    weights = list(folder.glob("*.safetensors"))
+    weights = list(folder.rglob("*.safetensors"))  # PEFT saves a second adapter in a folder of its own
     if not weights and not list(folder.glob("pytorch_model_fsdp*")):
         return "it holds no weights"
     for file in weights:
