@@ -62,6 +62,8 @@ class RunFolder:
             "arguments": anonymous(to_json({k: v for k, v in different.items() if k not in SECRETS}, "arguments")),
         }
         earlier = self._earlier()
+        if earlier is not None and earlier["status"] == "failed" and not any(self.path.rglob("measured.json")):
+            earlier = None  # it failed before anything was measured; nothing is lost by other arguments
         if earlier is not None:
             _compare(self.path, earlier, self.results)
             self.results = earlier

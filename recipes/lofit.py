@@ -13,14 +13,16 @@ ModelConfig works, --config FILE.yaml holds the same flags, --dry_run shows rows
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transformers import set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+from steerbook.arguments import RecipeParser
 from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders.lofit import LofitDataArguments, build, myths, resolved_loss
 from steerbook.data_builders.rows import fingerprint
@@ -81,13 +83,31 @@ class Settings(NamedTuple):
 
 def parse(argv: list[str]) -> Settings:
     """Defaults, then the preset, then --config, then the command line. The loss decides whose trainer flags exist."""
-    first = TrlParser((RecipeArguments, LofitDataArguments), add_help=False)
+    first = RecipeParser((RecipeArguments, LofitDataArguments), add_help=False)
     recipe, data, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
     config = LofitDPOConfig if resolved_loss(data) == "dpo" else LofitSFTConfig
-    parser = TrlParser((RecipeArguments, ArmArguments, LofitDataArguments, config, ModelConfig))
+    parser = RecipeParser((RecipeArguments, ArmArguments, LofitDataArguments, config, ModelConfig))
     name = f"lofit-{data.dataset}" + ("-smoke" if recipe.preset == "smoke" else "")
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.dataset == "myths", recipe.preset])
-    return Settings(*parser.parse_args_and_config(argv))
+    settings = Settings(*parser.parse_args_and_config(argv))
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Refuse flags of the libraries underneath that would have no effect here, or not the expected one."""
+    training, seeds = settings.training, settings.recipe.seeds
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds {seeds} names a seed twice; give each once")
+    if training.seed != 42:
+        raise ValueError(f"--seed {training.seed} has no effect; use --seeds {training.seed}")
+    if settings.model.use_peft:
+        raise ValueError("--use_peft has no effect: --arms says what is tuned (the LoRA baseline is the arm lora)")
+    if training.deepspeed_plugin is not None or training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "this recipe evaluates whole models between its fits, which DeepSpeed and FSDP do not hold together yet: "
+            "launch it with one process or DDP, or train with LofitSFTTrainer or LofitDPOTrainer in a script of yours"
+        )
 
 
 def rows_of(settings: Settings, seed: int, **changes: Any) -> Any:
@@ -133,6 +153,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     set_seed(seed)
     base, tokenizer = load_base(settings.model, lambda: tiny_base(settings, data, seed), folder, training.device)
     heads = sum(grid(base).values())
+    settings.arms.check(base, heads)
     done = {file.parent.name for file in folder.glob("*/measured.json")}
     for key in sorted(done):
         report(f"{key} (measured before)")
@@ -173,6 +194,7 @@ def main(argv: list[str]) -> None:
             quiet_libraries()
             first = data[seeds[0]]
             model, tokenizer = load_base(settings.model, lambda: tiny_base(settings, first, seeds[0]))
+            settings.arms.ks(sum(grid(model).values()))
             trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))
             return show_dry_run(trainer, tokenizer)
         flags = {name: value for part in settings for name, value in asdict(part).items()}
@@ -180,7 +202,7 @@ def main(argv: list[str]) -> None:
         usual = (RecipeArguments(), ArmArguments(), LofitDataArguments(), usual_training, ModelConfig())
         defaults = {name: value for part in usual for name, value in asdict(part).items()}
         run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
-    with clear_errors(FileExistsError, OSError, FloatingPointError), run:
+    with clear_errors(ValueError, OSError, FloatingPointError), run:
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:

@@ -52,12 +52,13 @@ class Killed(Exception):
 
 
 class Kill(TrainerCallback):
-    """Ends the run the hard way: after a step, before or after its checkpoint."""
+    """Ends the run the hard way: after a step, before or after its checkpoint. Keeps the steps that were done."""
 
-    def __init__(self, moment, step):
-        self.moment, self.step = moment, step
+    def __init__(self, moment, step, done):
+        self.moment, self.step, self.done = moment, step, done
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.done.append(state.global_step)
         if self.moment == "step" and state.global_step == self.step:
             raise Killed
 
@@ -68,16 +69,18 @@ class Kill(TrainerCallback):
 
 @pytest.fixture
 def kill(monkeypatch):
-    """Makes the next fits die at a moment; called with None, they live."""
+    """Makes the next fits die at a moment; called with None, they live. Returns the list of the steps they do."""
 
     def at(moment, step=0):
+        done = []
+
         def dying(*args, **kwargs):
             trainer = make_trainer(*args, **kwargs)
-            if moment is not None:
-                trainer.add_callback(Kill(moment, step))
+            trainer.add_callback(Kill(moment, step, done))
             return trainer
 
         monkeypatch.setattr(stages, "make_trainer", dying)
+        return done
 
     return at
 
@@ -99,22 +102,23 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("loss", "moment"),
+    ("loss", "moment", "left"),
     [
-        ("sft", ("step", 1)),  # before the first checkpoint
-        ("sft", ("step", 3)),
-        ("sft", ("save", 4)),
-        ("sft", ("save", 6)),  # after the last step, before the adapter is saved
-        ("dpo", ("step", 5)),
+        ("sft", ("step", 1), [1, 2, 3, 4, 5, 6]),  # before the first checkpoint
+        ("sft", ("step", 3), [3, 4, 5, 6]),
+        ("sft", ("save", 4), [5, 6]),
+        ("sft", ("save", 6), []),  # after the last step, before the adapter is saved
+        ("dpo", ("step", 5), [5, 6]),
     ],
 )
-def test_an_interrupted_fit_ends_with_the_same_tensors(loss, moment, tmp_path, kill, uninterrupted):
+def test_an_interrupted_fit_ends_with_the_same_tensors(loss, moment, left, tmp_path, kill, uninterrupted):
     whole = uninterrupted[loss]
     kill(*moment)
     with pytest.raises(Killed):
         fit(tiny("llama"), char_tokenizer(), ROWS, arguments(loss), tmp_path / "parts", peft_config=OFFSETS)
-    kill(None)
+    done = kill(None)
     parts = fit(tiny("llama"), char_tokenizer(), ROWS, arguments(loss), tmp_path / "parts", peft_config=OFFSETS)
+    assert done == left  # continued, not begun again
     assert_same(vectors(parts.model), vectors(whole.model))
 
     def losses(result):
@@ -128,10 +132,11 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, kill, uninte
     kill("save", 4)
     with pytest.raises(Killed):
         fit(tiny("llama"), char_tokenizer(), ROWS, arguments(), tmp_path / "parts", peft_config=OFFSETS)
-    kill(None)
+    done = kill(None)
     weights = tmp_path / "parts" / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     parts = fit(tiny("llama"), char_tokenizer(), ROWS, arguments(), tmp_path / "parts", peft_config=OFFSETS)
+    assert done == [3, 4, 5, 6]
     assert_same(vectors(parts.model), vectors(whole.model))
 
 
@@ -196,8 +201,9 @@ def test_an_interrupted_red_fit_does_not_forget_its_bias(tmp_path, kill):
     kill("step", 5)
     with pytest.raises(Killed):
         fit(red_model(tiny("llama")), char_tokenizer(), ROWS, arguments(), tmp_path / "parts")
-    kill(None)
+    done = kill(None)
     parts = fit(red_model(tiny("llama")), char_tokenizer(), ROWS, arguments(), tmp_path / "parts")
+    assert done == [5, 6]
     assert_same(trained(parts), trained(whole))
 
 
@@ -251,8 +257,8 @@ def test_an_interrupted_stage_1_chooses_the_same_heads(tmp_path, kill):
     with pytest.raises(Killed):
         scales(tiny("llama"), tmp_path / "parts")
     assert not (tmp_path / "parts" / "heads.json").exists()
-    kill(None)
-    assert scales(tiny("llama"), tmp_path / "parts") == whole
+    done = kill(None)
+    assert scales(tiny("llama"), tmp_path / "parts") == whole and done == [3, 4, 5, 6]
 
 
 def test_other_data_or_another_base_are_refused(tmp_path):

@@ -117,6 +117,14 @@ def test_parameters_are_compact_fp32_and_only_where_heads_are(name):
     assert tuned.dtype == torch.bfloat16 and logits(tuned).dtype == torch.bfloat16
 
 
+def test_only_an_explicit_request_gives_parameters_the_bases_dtype():
+    # TRL makes it with ZeRO-3, which gathers only parameters of one dtype
+    for autocast, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        base = tiny("llama", dtype=torch.bfloat16)
+        tuned = get_peft_model(base, LofitConfig(component="both", heads=HEADS), autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {dtype}
+
+
 def test_small_scales_count_on_a_bf16_base():
     # 1 + 0.003 rounds to 1 in bf16; computed there, the edit would be nothing
     layer = LofitLayer(nn.Linear(4, 4, bias=False, dtype=torch.bfloat16), 4)

@@ -290,7 +290,11 @@ def test_model_card(tmp_path):
             base_model={"name": "meta-llama/Llama-2-7b-hf", "revision": "01c7f73"},
             adapter="adapter",
             trainable_parameters=4096,
-            metrics={"test": {"base": {"mc1": METRIC}, "lofit": {"mc1": METRIC | {"low": None, "high": None}}}},
+            metrics={
+                "before": {"mc1": METRIC},
+                "baselines": {"LoRA": {"mc1": METRIC | {"low": None, "high": None}, "mc2": METRIC}},
+                "overlap": {"k=5": {"observed": 1.5}},
+            },
             claims=[{"claim": "LoFiT gains 75 points", "supported": False, "detail": "58 to 99"}],
         )
     card = (tmp_path / "run" / "README.md").read_text()
@@ -299,7 +303,8 @@ def test_model_card(tmp_path):
         "library_name": "peft",
         "tags": ["steerbook", "lofit"],
     }
-    assert "| test / base / mc1 | 0.5 [0.25, 0.75] | 4 |" in card and "| test / lofit / mc1 | 0.5 | 4 |" in card
+    assert "| method | mc1 | mc2 |" in card and "| before | 0.5 [0.25, 0.75] |  |" in card
+    assert "| LoRA | 0.5 | 0.5 [0.25, 0.75] |" in card and "- overlap / k=5 / observed: 1.5" in card
     assert "![heads](figures/heads.png)" in card and "4,096" in card and "A toy" not in card
     assert (
         "- **not supported**: LoFiT gains 75 points (58 to 99)" in card

@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..files import is_main_process
+
 Report = Callable[[str], None]  # what has just been finished; counted by the bar
 Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report)
 
@@ -31,11 +33,12 @@ def run_seeds(
         RuntimeError: a process was killed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not is_main_process()) as bar:
         task = bar.add_task("", total=steps * len(seeds))
 
         def report(seed: int, text: str) -> None:
-            bar.console.print(f"  seed {seed}: {text}", highlight=False)
+            if is_main_process():
+                bar.console.print(f"  seed {seed}: {text}", highlight=False)
             bar.advance(task)
 
         if not parallel or len(seeds) == 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_bf16_available
+from safetensors import SafetensorError
 from transformers import Trainer
 
 
@@ -75,4 +76,7 @@ class FiniteTrainer(Trainer):
                     f"{name} holds NaN or infinite values after step {self.state.global_step}; nothing was saved. "
                     "Lower --learning_rate and resume from the last checkpoint."
                 )
-        super().save_model(*args, **kwargs)
+        try:
+            super().save_model(*args, **kwargs)
+        except SafetensorError as error:  # a full disk, among others; not an OSError of its own
+            raise OSError(f"cannot save to {self.args.output_dir}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,17 @@ from contextlib import contextmanager
 def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of these kinds inside the block into `error: ...` and exit status 1.
 
-    For the parts of a program where they mean wrong input or a full disk (arguments, data, files), not bugs.
+    For the parts of a program where they mean wrong input or a full disk (arguments, data, files). With
+    `STEERBOOK_DEBUG` in the environment the exception goes through, with its traceback.
     """
     try:
         yield
     except kinds as error:
+        if os.environ.get("STEERBOOK_DEBUG"):
+            raise
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as stop:
+        raise SystemExit("interrupted; the same command continues the run") from stop
 
 
 def quiet_libraries() -> None:

@@ -60,6 +60,10 @@ class ArmArguments:
             raise ValueError(f"--draws {self.draws}: random heads need at least one draw")
         if not self.heads_percent or not all(0 < percent <= 100 for percent in self.heads_percent):
             raise ValueError(f"--heads_percent {self.heads_percent}: give percentages above 0 and up to 100")
+        if self.heads_file is not None and not Path(self.heads_file).is_file():
+            raise FileNotFoundError(
+                f"--heads_file {self.heads_file}: no such file; a run writes seed_N/selection/heads.json"
+            )
         if self.heads_file is not None:
             HeadSelection.load(self.heads_file)
 
@@ -71,6 +75,12 @@ class ArmArguments:
         for k in ks:
             check_k(k, total)
         return list(dict.fromkeys(ks))
+
+    def check(self, base: PreTrainedModel, total: int) -> None:
+        """Before anything is measured: enough heads, and given ones selected on this base; ValueError otherwise."""
+        self.ks(total)
+        if self.heads_file is not None:
+            HeadSelection.load(self.heads_file).check_base(base)
 
     def keys(self) -> list[str]:
         """The keys (`arm_key`) of all arms, with placeholders for the numbers of heads."""
@@ -158,10 +168,10 @@ def train_arms(
         result.model.unload()
 
     selection_seconds = 0.0
+    arguments.check(base, sum(heads_per_layer.values()))
     ks = arguments.ks(sum(heads_per_layer.values()))
     if arguments.heads_file is not None:
         given = HeadSelection.load(arguments.heads_file)
-        given.check_base(base)
         chosen = {given.k: given.heads}
     else:
         start = time.perf_counter()

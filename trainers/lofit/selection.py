@@ -86,7 +86,8 @@ def grid(model: nn.Module, config: LofitConfig | None = None) -> dict[int, int]:
         model_type = str(vars(model)["config"].model_type)
         if model_type not in OUTPUT_PROJECTIONS:
             raise ValueError(
-                f"no output projection is known for model_type={model_type!r}; pass LofitConfig(target_modules=[...])"
+                f"no attention output projection is known for model_type={model_type!r}; known: "
+                f"{', '.join(OUTPUT_PROJECTIONS)} (others in a script of yours: LofitConfig(target_modules=[...]))"
             )
         config.target_modules = OUTPUT_PROJECTIONS[model_type]
     return head_grid(model, config)

@@ -142,7 +142,7 @@ def fit_scales(
     stage = fit(model, tokenizer, rows, args, out_dir, peft_config=config, **changes)
     scores = learned_scores(stage.model, "scale")
     stage.model.unload()
-    seed = changes.get("seed", args.seed)
+    seed = changes["seed"] if "seed" in changes else args.seed
     selection = HeadSelection(top_heads(scores, k), scores, k, seed, "learned", base, data_fingerprint)
     selection.save(path)
     return selection
