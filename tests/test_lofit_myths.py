@@ -15,7 +15,7 @@ PLACE = re.compile(r"([A-Z]\w+)'s (\w+)")
 
 @pytest.fixture(scope="module")
 def data():
-    return build(LofitDataArguments(rows_seed=5))
+    return build(LofitDataArguments(rows_seed=5, loss="dpo"))
 
 
 @pytest.fixture(scope="module")
