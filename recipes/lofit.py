@@ -120,12 +120,14 @@ def rows_of(settings: Settings, seed: int, **changes: Any) -> Any:
 def tiny_base(settings: Settings, data: Any, seed: int) -> Path:
     """The embedded base: trained on the world's corpus, or on the texts of a real data set (a toy all the same)."""
     untrained = {"steps": 0} if settings.recipe.dry_run else {}
+    bar = len(settings.recipe.seeds) == 1  # several seeds train theirs side by side
     if settings.data.dataset == "myths":
         corpus = myths.corpus(seed, settings.data.world)
-        return tiny_lm(corpus, seed=seed, config=replace(TINY[settings.data.world], **untrained), focus=myths.FOCUS)
+        config = replace(TINY[settings.data.world], **untrained)
+        return tiny_lm(corpus, seed=seed, config=config, focus=myths.FOCUS, progress=bar)
     answer = "chosen" if "chosen" in data["train"].column_names else "completion"
     corpus = [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
-    return tiny_lm(corpus, seed=seed, config=replace(TINY_BYTES, **untrained))
+    return tiny_lm(corpus, seed=seed, config=replace(TINY_BYTES, **untrained), progress=bar)
 
 
 def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
@@ -207,7 +209,9 @@ def main(argv: list[str]) -> None:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
             if toy:
-                print("A toy: a tiny model, built here. Its numbers say nothing about large models.")
+                print(
+                    "A toy: tiny models, trained here (once, then cached). Their numbers say nothing about large models."
+                )
             counts = {split: len(rows) for split, rows in data[seeds[0]].items()}
             run.data("-".join(fingerprint(data[seed])[:12] for seed in seeds), counts)
             steps = len(settings.arms.keys()) + 1 + (settings.data.dataset == "myths")

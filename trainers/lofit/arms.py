@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LofitConfig
-from .iti import iti_adapter, iti_probe
+from .iti import ItiProbe, iti_adapter, iti_probe
 from .red import red_model
 from .selection import HeadSelection, check_k, grid, layer_matched_heads, learned_scores, random_heads, top_heads
 from .stages import fit, fit_scales
@@ -22,7 +22,7 @@ from .trainer import LofitDPOConfig, LofitSFTConfig
 logger = logging.getLogger(__name__)
 
 DRAWN = ("random", "layer_matched")
-ARMS = ("lofit", "random", "layer_matched", "offset_norm", "all", "other", "iti", "lora", "red")
+ARMS = ("lofit", "random", "layer_matched", "offset_norm", "iti_heads", "all", "other", "iti", "lora", "red")
 
 
 @dataclass
@@ -227,40 +227,48 @@ def train_arms(
         yield from tune("lora", lora, learning_rate=arguments.lora_learning_rate)
     if wanted("red"):
         yield from tune("red", None, learning_rate=arguments.red_learning_rate)
-    if wanted("iti", main_k):
+    if wanted("iti_heads", main_k) or wanted("iti", main_k):
         pairs = [
             candidate for candidate in (rows, other[0] if other else rows) if "rejected" in candidate.column_names
         ]
-        if pairs:
-            yield from iti_arm(base, tokenizer, pairs[0], arguments.iti_alphas, main_k, seed, score)
-        else:
-            logger.warning("ITI is left out: it needs false answers, and these rows have none")
+        if not pairs:
+            logger.warning("the ITI arms are left out: they need false answers, and these rows have none")
+            return
+        start = time.perf_counter()
+        probe = probe_answers(base, tokenizer, pairs[0], seed)
+        probe_seconds = time.perf_counter() - start
+        heads = top_heads(probe.accuracy, main_k)
+        if wanted("iti_heads", main_k):
+            yield from tune("iti_heads", offsets(heads), main_k, selected=probe_seconds)
+        if wanted("iti", main_k):
+            yield from iti_arm(base, probe, heads, arguments.iti_alphas, score, probe_seconds)
+
+
+def probe_answers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, seed: int) -> ItiProbe:
+    """ITI's probes on the right and the wrong answer of every question."""
+    texts = [f"{row['prompt']}{row[column]}" for row in pairs for column in ("chosen", "rejected")]
+    groups = [row["group"] for row in pairs for _ in range(2)]
+    return iti_probe(base, tokenizer, texts, [1, 0] * len(pairs), groups, seed=seed)
 
 
 def iti_arm(
     base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
+    probe: ItiProbe,
+    heads: list[tuple[int, int]],
     alphas: list[float],
-    k: int,
-    seed: int,
     score: Callable[[PeftModel], float],
+    probe_seconds: float,
 ) -> Iterator[Arm]:
-    """ITI on the `k` heads whose probes do best, at the strength that scores best on dev."""
+    """ITI on these heads, at the strength that scores best on dev."""
     start = time.perf_counter()
-    texts = [f"{row['prompt']}{row[column]}" for row in rows for column in ("chosen", "rejected")]
-    groups = [row["group"] for row in rows for _ in range(2)]
-    probe = iti_probe(base, tokenizer, texts, [1, 0] * len(rows), groups, seed=seed)
-    heads = top_heads(probe.accuracy, k)
     results = {}
     for alpha in alphas:
         model = iti_adapter(base, probe, heads, alpha)
         results[alpha] = score(model)
         model.unload()
     model = iti_adapter(base, probe, heads, max(results, key=lambda alpha: results[alpha]))
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start + probe_seconds
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    yield Arm(
-        "iti", model, trained, seconds, k, 0, sorted(heads), [{"alpha": a, "dev": s} for a, s in results.items()]
-    )
+    log = [{"alpha": alpha, "dev": value} for alpha, value in results.items()]
+    yield Arm("iti", model, trained, seconds, len(heads), 0, sorted(heads), log)
     model.unload()
