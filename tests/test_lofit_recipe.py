@@ -37,7 +37,7 @@ def test_smoke_shows_an_honest_table(smoke):
     assert before["n"] == after["n"] == 60 and before["low"] <= before["value"] <= before["high"]
     assert {"marker prompt", "random heads 12 %", "LoRA r=8"} <= set(results["metrics"]["baselines"])
     assert results["claims"] == []  # one seed judges nothing, and the screen says so
-    assert "Claims are judged from three seeds on" in output and "say nothing about large models" in output
+    assert "Claims are judged from three seeds on" in output and "shows nothing about large models" in output
     assert str(folder.parent) not in (folder / "results.json").read_text()
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {(s["arm"], s["split"]) for s in samples} >= {("base", "test"), ("lofit_k3", "test_relations")}
