@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,13 @@ def environment() -> dict[str, Any]:
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "git": git_revision(),
     }
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU since the process started, without one of the process itself (weights, libraries and all)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git_revision() -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -27,7 +29,8 @@ def generate(
     own = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    # A fresh configuration: the model's own may ask for sampling.
+    # transformers fills what a configuration leaves open from the model's own (sampling, beams, penalties): for the
+    # time of the call the model's own is empty.
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
     ids = encode(tokenizer, prompts)
     if not all(ids):
@@ -36,7 +39,12 @@ def generate(
     texts = [""] * len(prompts)
     device = model_device(model)
     run: Any = model.generate
-    with evaluating(model), tqdm(total=len(prompts), disable=not progress, desc="answers", unit="answer") as bar:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    with (
+        evaluating(model),
+        _plain_decoding(base),
+        tqdm(total=len(prompts), disable=not progress, desc="answers", unit="answer") as bar,
+    ):
         for start in range(0, len(prompts), batch_size):
             part = order[start : start + batch_size]
             width = len(ids[part[-1]])
@@ -49,6 +57,16 @@ def generate(
                 texts[index] = _continuation(tokenizer, ids[index], tokens)
             bar.update(len(part))
     return texts
+
+
+@contextmanager
+def _plain_decoding(model: Any) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..data_builders import rows as data_rows
 from .choices import CausalLM, choice_logprobs, encode, evaluating, model_device, right_padded, token_logprobs
 from .generation import generate
 from .statistics import Metric, metric
@@ -65,7 +65,13 @@ def evaluate(
 
 
 def measure(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Any], *, prompt: str = "prompt"
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Any],
+    *,
+    prompt: str = "prompt",
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Samples of `evaluate` for every evaluation split of a LoFiT data set; texts of several kinds count as splits.
 
@@ -79,7 +85,7 @@ def measure(
         for kind in dict.fromkeys(row.get("kind", "") for row in rows):
             part = [row for row in rows if row.get("kind", "") == kind]
             name = f"{split}_{kind}" if kind else split
-            measured[name] = evaluate(model, tokenizer, part, batch_size=256)["samples"]
+            measured[name] = evaluate(model, tokenizer, part, batch_size=batch_size, progress=progress)["samples"]
     return measured
 
 
@@ -237,30 +243,21 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name} line {number}: not JSON ({error}); the file must hold one row a line"
-            ) from error
-        if not isinstance(row, dict) or "id" not in row:
-            raise ValueError(f"{path.name} line {number}: a row must be an object with an id, got {line[:80]!r}")
-        rows.append(row)
+    """Rows of a file that a data builder wrote (jsonl, json, csv, parquet); each must have an `id`."""
+    rows = [row.values for row in data_rows.read_rows(path)]
+    for number, row in enumerate(rows, 1):
+        if "id" not in row:
+            raise ValueError(f"{path.name} row {number} has no id, only the columns {', '.join(row)}")
     return rows
 
 
-def load_model(name: str) -> tuple[CausalLM, PreTrainedTokenizerBase]:
-    """A causal model (folder or Hub id), or a PEFT adapter (folder) on the base that its configuration names."""
+def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """A causal model (folder or Hub id), or a PEFT adapter (folder) on `base` or what its configuration names."""
     adapter = (Path(name) / "adapter_config.json").is_file()
     config = PeftConfig.from_pretrained(name) if adapter else None
-    base = config.base_model_name_or_path if config else name
+    base = base or (config.base_model_name_or_path if config else name)
     if base is None:
-        raise ValueError(f"{name}: adapter_config.json names no base model; set base_model_name_or_path in it")
+        raise ValueError(f"{name}: adapter_config.json names no base model; pass it with --base")
     model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision if config else None, dtype="auto")
     if adapter:
         model = PeftModel.from_pretrained(model, name)
@@ -271,19 +268,22 @@ def load_model(name: str) -> tuple[CausalLM, PreTrainedTokenizerBase]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m steerbook.eval.lofit", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="folder or Hub id of a model, or folder of a PEFT adapter")
-    parser.add_argument("--rows", required=True, type=Path, help="JSON-lines file of rows of one kind")
+    parser.add_argument("--base", help="the base of an adapter, where it is not at the place that the adapter names")
+    parser.add_argument("--rows", required=True, type=Path, help="file of rows of one kind (jsonl, parquet, ...)")
     parser.add_argument("--out", type=Path, help="where to write metrics and samples as JSON")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(arguments)
     if not options.rows.is_file():
         parser.error(f"--rows: no file at {options.rows}")
 
+    from ..console import clear_errors
     from ..files import write_json
     from .report import format_interval, results_table
 
-    rows = read_rows(options.rows)
-    model, tokenizer = load_model(options.model)
-    result = evaluate(model, tokenizer, rows, batch_size=options.batch_size, progress=True)
+    with clear_errors(ValueError, OSError):
+        rows = read_rows(options.rows)
+        model, tokenizer = load_model(options.model, options.base)
+        result = evaluate(model, tokenizer, rows, batch_size=options.batch_size, progress=True)
     lines = [{"metric": k, "value": format_interval(v), "rows": str(v["n"])} for k, v in result["metrics"].items()]
     results_table(lines, ["metric", "value", "rows"], f"{Path(options.model).name} on {options.rows.name}")
     if options.out:

@@ -11,19 +11,20 @@ import numpy as np
 
 from ..files import is_main_process
 from .lofit_figures import bars, heads_map, loss_curves
-from .lofit_summary import Results, claims, columns, overlaps, screen_rows, table
+from .lofit_summary import NAMES, Results, claims, columns, comparisons, overlaps, screen_rows, table
 from .report import RunFolder, results_table, wide_console
 
 Records = dict[int, dict[str, dict[str, Any]]]
 
 
 def read_records(folder: Path, seeds: Sequence[int]) -> Records:
-    """What `seed_*/*/measured.json` hold: `records[seed][arm]`, in the order in which they were measured."""
+    """What `seed_*/*/measured.json` hold: `records[seed][arm]`, the arms in the table's order."""
     records: Records = {}
     for seed in seeds:
         files = (folder / f"seed_{seed}").glob("*/measured.json")
-        ordered = sorted(files, key=lambda file: file.stat().st_mtime_ns)
-        records[seed] = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in ordered}
+        found = [(file.parent.name, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        found.sort(key=lambda item: (list(NAMES).index(item[1]["name"]), -(item[1]["k"] or 0), item[1]["draw"]))
+        records[seed] = dict(found)
     return records
 
 
@@ -44,12 +45,19 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "after": arms.get(main, {}),
             "baselines": {name: values for name, values in arms.items() if name not in ("base", main)},
             "head_overlap": overlaps(results),
+            "paired": comparisons(results, shown[0]),
         },
         claims=claims(results, shown[0]),
         trainable_parameters={row["method"]: row["parameters"] for row in rows if row["parameters"]},
-        cost={"seconds": {row["method"]: round(row["seconds"], 2) for row in rows if row["seconds"]}},
+        cost={
+            "seconds": {row["method"]: round(row["seconds"], 2) for row in rows if row["seconds"]},
+            "tokens_per_second": {
+                row["method"]: round(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]
+            },
+            "peak_memory_bytes": max(r["peak_memory_bytes"] for arms in records.values() for r in arms.values()),
+        },
         base_model=base_model,
-        adapter=f"seed_{results.seeds[0]}/lofit_k{ks[0]}",
+        **({"adapter": f"seed_{results.seeds[0]}/lofit_k{ks[0]}"} if ("lofit", ks[0]) in results.arms else {}),
     )
     run.samples(_samples(records))
 
@@ -75,7 +83,7 @@ def show(run: RunFolder) -> None:
     """Print the table, the claims and where everything is; on rank 0."""
     if not is_main_process():
         return
-    results = Results(read_records(run.path, [int(p.name[5:]) for p in sorted(run.path.glob("seed_*"))]))
+    results = Results(read_records(run.path, sorted(int(folder.name[5:]) for folder in run.path.glob("seed_*"))))
     shown = columns(results.records[results.seeds[0]]["base"]["splits"])
     lines = screen_rows(table(results, shown), shown)
     titles = ["method", "parameters", "seconds", shown[0].title, "each seed", *(column.title for column in shown[1:])]
@@ -87,6 +95,11 @@ def show(run: RunFolder) -> None:
         console.print(f"{mark} {claim['claim']}: {claim['detail']}")
     if not run.results.get("claims"):
         console.print("Claims are judged from three seeds on: --seeds 0 1 2")
+    for other, test in run.results.get("metrics", {}).get("paired", {}).items():
+        console.print(
+            f"LoFiT less {other}: {100 * test['difference']:.1f} points [{100 * test['low']:.0f}, "
+            f"{100 * test['high']:.0f}], p = {test['p_value']:.3g} ({test['method']})"
+        )
     for k, shared in run.results.get("metrics", {}).get("head_overlap", {}).items():
         console.print(f"Heads shared by two seeds, {k}: {shared['observed']:.1f} (chance {shared['chance']:.1f})")
     console.print(f"Results, figures, samples and adapters: {run.path}")

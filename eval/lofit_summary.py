@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from .lofit import head_overlap
-from .statistics import Metric, seed_metric
+from .statistics import Metric, paired_test, seed_metric
 
 Record = Mapping[str, Any]
 NAMES = {
@@ -85,6 +85,9 @@ class Results:
         """Scores `[questions]`, averaged over draws, and the questions' groups."""
         samples = [record["splits"][split] for record in self.draws(seed, arm)]
         values = np.array([[row["metrics"][name] for row in rows] for rows in samples], dtype=np.float64)
+        if name == "nats_per_token":  # their mean is then that over all tokens, as in `evaluate`
+            tokens = np.array([row.get("tokens", 1) for row in samples[0]], dtype=np.float64)
+            values *= tokens / tokens.mean()
         return values.mean(0), [row["group"] for row in samples[0]]
 
     def has(self, arm: tuple[str, int | None], split: str) -> bool:
@@ -103,7 +106,13 @@ class Results:
         for seed in self.seeds:
             parts = [(weight, *self.questions(seed, arm, split, name)) for arm, weight in weights.items()]
             scored.append((sum(weight * values for weight, values, _ in parts), parts[0][2]))
-        return seed_metric(*zip(*scored, strict=True))
+        found = seed_metric(*zip(*scored, strict=True))
+        if found["low"] == found["high"]:  # all differences equal: not certainty, but at most about z^2 / n of others
+            room = 3.84 / (found["n"] + 3.84)
+            found |= {"low": found["value"] - room, "high": found["value"] + room}
+        if found["low"] is not None and found["high"] is not None:
+            found |= {"low": max(-1.0, found["low"]), "high": min(1.0, found["high"])}
+        return found
 
     def share(self, k: int) -> str:
         return f"{100 * k / self.total_heads:.0f} %"
@@ -112,6 +121,13 @@ class Results:
         name, k = arm
         loss = {"dpo": " (sft)", "sft": " (dpo)"}[self.loss] if name == "other" else ""
         return NAMES[name] + (f" {self.share(k)}" if k is not None else "") + loss
+
+
+def tokens_per_second(record: Record) -> float:
+    """Of the fit that the record's log is of; 0 where nothing was trained."""
+    log = record.get("log", [])
+    seconds = max([entry["train_runtime"] for entry in log if "train_runtime" in entry], default=math.inf)
+    return max([entry["num_tokens"] for entry in log if "num_tokens" in entry], default=0.0) / seconds
 
 
 def table(results: Results, shown: Sequence[Column]) -> list[dict[str, Any]]:
@@ -124,6 +140,7 @@ def table(results: Results, shown: Sequence[Column]) -> list[dict[str, Any]]:
             "parameters": drawn[0]["trained"],
             "seconds": float(np.mean([record["seconds"] for record in drawn])),
             "draws": len(results.draws(results.seeds[0], arm)),
+            "tokens_per_second": float(np.mean([tokens_per_second(record) for record in drawn])),
         }
         for column in shown:
             if results.has(arm, column.split):
@@ -209,9 +226,26 @@ def claims(results: Results, main: Column) -> list[dict[str, Any]]:
     return made
 
 
+def comparisons(results: Results, main: Column) -> dict[str, Any]:
+    """Of a run with one seed: the main arm against the others on the same questions (McNemar or sign flips)."""
+    lofit = ("lofit", results.ks[0])
+    if len(results.seeds) > 1 or not results.has(lofit, main.split):
+        return {}
+    seed = results.seeds[0]
+    ours, groups = results.questions(seed, lofit, main.split, main.metric)
+    found = {}
+    for arm in [("base", None), ("random", results.ks[0]), ("layer_matched", results.ks[0]), ("lora", None)]:
+        if results.has(arm, main.split) and len(set(groups)) > 1:
+            theirs, _ = results.questions(seed, arm, main.split, main.metric)
+            found[results.label(arm)] = asdict(paired_test(ours, theirs, groups))
+    return found
+
+
 def overlaps(results: Results) -> dict[str, Any]:
-    """Heads shared by two seeds, observed and by chance, for each `k`."""
-    shared = {}
+    """Heads shared by two seeds, observed and by chance, for each `k`; nothing where each seed has its own base."""
+    shared: dict[str, Any] = {}
+    if len({results.records[seed]["base"]["base_fingerprint"] for seed in results.seeds}) > 1:
+        return shared
     for k in results.ks:
         chosen = [record["heads"] for seed in results.seeds for record in results.draws(seed, ("lofit", k))]
         if len(chosen) > 1:

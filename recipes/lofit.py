@@ -3,7 +3,8 @@
     accelerate launch recipes/lofit.py                                   # embedded world, CPU, offline, three seeds
     accelerate launch recipes/lofit.py --preset smoke                    # the same in miniature, within a minute
     accelerate launch recipes/lofit.py --config recipes/configs/lofit/llama2_7b_truthfulqa.yaml
-    accelerate launch --num_processes 8 recipes/lofit.py --config recipes/configs/lofit/llama3_8b_truthfulqa.yaml
+    accelerate launch --num_processes 8 recipes/lofit.py --config recipes/configs/lofit/llama3_8b_truthfulqa.yaml \\
+        --per_device_train_batch_size 1                                  # the paper's batch of 8 over 8 GPUs
     accelerate launch recipes/lofit.py --dataset mquake --data_files DIR --model_name_or_path MODEL
 
 Tunes LoFiT and, on the same base, rows and loss, what one would try instead (--arms), and prints one table of all of
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,12 +28,14 @@ from steerbook.arguments import RecipeParser
 from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders.lofit import LofitDataArguments, build, myths, resolved_loss
 from steerbook.data_builders.rows import fingerprint
+from steerbook.eval.environment import peak_memory
 from steerbook.eval.lofit import evaluate, measure
 from steerbook.eval.lofit_report import read_records, show, write_report
 from steerbook.eval.report import RunFolder
 from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.fingerprint import model_fingerprint
 from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitSFTConfig
 from steerbook.trainers.lofit.arms import ArmArguments, arm_key, train_arms
 from steerbook.trainers.lofit.selection import grid
@@ -44,7 +48,7 @@ PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e
 MYTHS = {
     "l1_lambda": 1e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15,
     "all_heads_learning_rate": 0.1, "lora_learning_rate": 5e-4, "red_learning_rate": 3e-2,
-    "iti_alphas": [5.0, 15.0, 50.0, 150.0, 500.0], "save_strategy": "no"}  # fmt: skip
+    "iti_alphas": [5.0, 15.0, 50.0, 150.0, 500.0], "save_strategy": "no", "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (True, "default"): MYTHS | {"seeds": [0, 1, 2]},
     (True, "smoke"): MYTHS | {
@@ -69,6 +73,7 @@ class RecipeArguments:
     preset: Literal["default", "smoke"] = field(default="default", metadata={"help": "Sizes; other flags override."})
     dry_run: bool = field(default=False, metadata={"help": "Show rows, masks, parameters, memory; train nothing."})
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "From three on, claims are judged."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Rows of a forward pass in evaluation (memory)."})
 
 
 class Settings(NamedTuple):
@@ -99,6 +104,19 @@ def check(settings: Settings) -> None:
     training, seeds = settings.training, settings.recipe.seeds
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds {seeds} names a seed twice; give each once")
+    unused = {
+        "resume_from_checkpoint": "the same command continues an interrupted run",
+        "push_to_hub": "push the finished folder with huggingface-cli",
+        "load_best_model_at_end": "the last step counts, as in the paper",
+        "do_eval": "every arm is measured when it is trained",
+    }
+    for name, instead in unused.items():
+        if getattr(training, name):
+            raise ValueError(f"--{name} has no effect here: {instead}")
+    usual = ModelConfig()
+    for name, value in asdict(settings.model).items():
+        if name.startswith("lora_") and value != getattr(usual, name):
+            raise ValueError(f"--{name} has no effect: the LoRA baseline is the paper's (rank 8, queries and values)")
     if training.seed != 42:
         raise ValueError(f"--seed {training.seed} has no effect; use --seeds {training.seed}")
     if settings.model.use_peft:
@@ -137,19 +155,22 @@ def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
     loss, config = (
         ("sft", LofitSFTConfig) if isinstance(settings.training, LofitDPOConfig) else ("dpo", LofitDPOConfig)
     )
-    shared = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "bf16", "use_cpu",
-              "save_strategy", "gradient_accumulation_steps", "ddp_backend", "disable_tqdm", "output_dir")  # fmt: skip
-    args = config(**{name: getattr(settings.training, name) for name in shared})
-    return rows_of(settings, seed, loss=loss)["train"], args
+    training = settings.training
+    usual = type(training)(output_dir=training.output_dir)
+    both = {f.name for f in fields(config)} & {f.name for f in fields(training)} - {"l1_lambda", "loss_type"}
+    given = {name: getattr(training, name) for name in both if getattr(training, name) != getattr(usual, name)}
+    return rows_of(settings, seed, loss=loss)["train"], config(**{"output_dir": training.output_dir, **given})
 
 
 def run_seed(argv: list[str], seed: int, report: Any) -> None:
     """Everything for one seed: base, arms, and what each scores, written to its folder as soon as it is there."""
-    quiet_libraries()  # one bar stands for all arms and seeds
     settings = parse(argv)
-    training = settings.training
+    training, toy = settings.training, settings.model.model_name_or_path is None
     training.seed = seed
-    training.disable_tqdm = True
+    if toy:  # one bar stands for all arms and seeds
+        quiet_libraries()
+        training.disable_tqdm = True
+    scoring = {"batch_size": settings.recipe.eval_batch_size, "progress": not toy}
     folder = Path(training.output_dir) / f"seed_{seed}"
     data = rows_of(settings, seed)
     set_seed(seed)
@@ -162,28 +183,29 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
 
     def record(name: str, splits: dict[str, Any], k: int | None = None, draw: int = 0, **facts: Any) -> None:
         key = arm_key(name, k, draw)
+        facts["peak_memory_bytes"] = peak_memory()
         (folder / key).mkdir(parents=True, exist_ok=True)
         write_json(folder / key / "measured.json", {"name": name, "k": k, "draw": draw, **facts, "splits": splits})
         report(key)
 
     def dev_score(model: Any) -> float:
         """MC1 + MC2: MC1 alone is 0 for many settings that MC2 tells apart."""
-        metrics = evaluate(model, tokenizer, data["dev_eval"], batch_size=256)["metrics"]
+        metrics = evaluate(model, tokenizer, data["dev_eval"], **scoring)["metrics"]
         return metrics["mc1"]["value"] + metrics["mc2"]["value"]
 
     if "base" not in done:
         facts = {"trained": 0, "seconds": 0.0, "total_heads": heads, "ks": settings.arms.ks(heads),
-                 "loss": resolved_loss(settings.data)}  # fmt: skip
-        record("base", measure(base, tokenizer, data), **facts)
+                 "loss": resolved_loss(settings.data), "base_fingerprint": model_fingerprint(base)}  # fmt: skip
+        record("base", measure(base, tokenizer, data, **scoring), **facts)
     if "marker_prompt" in data["test"].column_names and "marker" not in done:
-        record("marker", measure(base, tokenizer, data, prompt="marker_prompt"), trained=0, seconds=0.0)
+        record("marker", measure(base, tokenizer, data, prompt="marker_prompt", **scoring), trained=0, seconds=0.0)
     for arm in train_arms(
         base, tokenizer, data["train"], training, settings.arms, folder, done=done,
         data_fingerprint=fingerprint(data["train"]), other=other_loss(settings, seed),
         score=dev_score,
     ):  # fmt: skip
         facts = {name: getattr(arm, name) for name in ("k", "draw", "trained", "seconds", "heads", "log")}
-        record(arm.name, measure(arm.model, tokenizer, data), **facts)
+        record(arm.name, measure(arm.model, tokenizer, data, **scoring), **facts)
 
 
 def main(argv: list[str]) -> None:
@@ -196,7 +218,8 @@ def main(argv: list[str]) -> None:
             quiet_libraries()
             first = data[seeds[0]]
             model, tokenizer = load_base(settings.model, lambda: tiny_base(settings, first, seeds[0]))
-            settings.arms.ks(sum(grid(model).values()))
+            settings.arms.check(model, sum(grid(model).values()))
+            training.output_dir = tempfile.mkdtemp()  # the Trainer makes its folder at once
             trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))
             return show_dry_run(trainer, tokenizer)
         flags = {name: value for part in settings for name, value in asdict(part).items()}
@@ -209,12 +232,12 @@ def main(argv: list[str]) -> None:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
             if toy:
-                print(
-                    "A toy: tiny models, trained here (once, then cached). Their numbers say nothing about large models."
-                )
+                print("A toy: tiny models, trained here once and cached. It shows nothing about large models.")
             counts = {split: len(rows) for split, rows in data[seeds[0]].items()}
             run.data("-".join(fingerprint(data[seed])[:12] for seed in seeds), counts)
             steps = len(settings.arms.keys()) + 1 + (settings.data.dataset == "myths")
+            if settings.data.dataset in ("mquake", "clutrr"):  # no wrong answers, no arms that need them
+                steps -= len({"other", "iti", "iti_heads"} & set(settings.arms.arms))
             run_seeds(run_seed, argv, seeds, steps, PRELOAD, parallel=toy and training.world_size == 1)
             base = {"name": "tiny_lm", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
                 "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip

@@ -282,10 +282,15 @@ def test_read_rows(tmp_path):
     path.write_text('{"id": "1"}\n\n{"id": "2"}\n')
     assert read_rows(path) == [{"id": "1"}, {"id": "2"}]
     path.write_text('{"id": "1"}\n{"id": ')
-    with pytest.raises(ValueError, match="rows.jsonl line 2: not JSON"):
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: broken JSON"):
         read_rows(path)
+    path.write_text('{"id": "1\u2028"}\n', encoding="utf-8")  # a line separator to Python, not to JSON
+    assert read_rows(path) == [{"id": "1\u2028"}]
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1: a row must be an object with an id"):
+    with pytest.raises(ValueError, match="rows.jsonl, line 1"):
+        read_rows(path)
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match="row 1 has no id, only the columns text"):
         read_rows(path)
 
 
@@ -386,3 +391,17 @@ def test_figures_refuse(tmp_path):
     with pytest.raises(ValueError, match="every curve needs at least one point, got {'a': 0}"):
         lofit_figures.loss_curves({"a": []}, path, title="t")
     assert not path.exists()
+
+
+def test_generation_is_greedy_whatever_the_model_asks_for(model, tokenizer):
+    plain = generate(model, tokenizer, ["q: a r:", "q: b r:"])
+    before = model.generation_config
+    asked = GenerationConfig(
+        do_sample=True, temperature=9.0, num_beams=3, repetition_penalty=3.0, no_repeat_ngram_size=1
+    )
+    try:
+        model.generation_config = asked
+        assert generate(model, tokenizer, ["q: a r:", "q: b r:"]) == plain
+        assert model.generation_config is asked
+    finally:
+        model.generation_config = before

@@ -2,7 +2,7 @@
 
 import pytest
 
-from steerbook.eval.lofit_summary import Results, claims, columns, overlaps, screen_rows, table
+from steerbook.eval.lofit_summary import Results, claims, columns, comparisons, overlaps, screen_rows, table
 
 
 def samples(values, metric="mc1"):
@@ -15,7 +15,15 @@ def record(name, values, k=None, draw=0, trained=0, heads=None, **splits):
 
 
 def seed(base, lofit, draws=(), lora=None, marker=None, heads=((0, 1), (1, 0)), **collateral):
-    arms = {"base": {**record("base", base, **collateral), "total_heads": 20, "ks": [2], "loss": "sft"}}
+    arms = {
+        "base": {
+            **record("base", base, **collateral),
+            "total_heads": 20,
+            "ks": [2],
+            "loss": "sft",
+            "base_fingerprint": "one",
+        }
+    }
     if marker is not None:
         arms["marker"] = record("marker", marker)
     arms["lofit_k2"] = record("lofit", lofit, k=2, trained=10, heads=[list(head) for head in heads], **collateral)
@@ -103,3 +111,19 @@ def test_overlap_of_heads():
     records = {0: seed([0], [1]), 1: seed([0], [1], heads=((0, 1), (1, 5))), 2: seed([0], [1], heads=((1, 0), (0, 1)))}
     found = overlaps(Results(records))["k=2"]
     assert found["pairs"] == [1, 2, 1] and found["chance"] == pytest.approx(2 * 2 / 20)
+    records[1]["base"]["base_fingerprint"] = "another"
+    assert overlaps(Results(records)) == {}  # heads of different bases have nothing in common but their numbers
+
+
+def test_one_seed_is_compared_on_its_questions():
+    results = Results({0: seed([0] * 12, [1] * 12, lora=[1] * 11 + [0])})
+    found = comparisons(results, columns(first_splits(results))[0])
+    assert found["base"]["difference"] == 1 and found["base"]["p_value"] == pytest.approx(2 / 2**12)
+    assert found["LoRA r=8"]["p_value"] == 1 and comparisons(Results({0: results.records[0], 1: results.records[0]}),
+                                                             columns(first_splits(results))[0]) == {}  # fmt: skip
+
+
+def test_equal_differences_are_not_certainty():
+    found = Results({s: seed([1] * 40, [1] * 40) for s in range(3)}).combination({("lofit", 2): 1, ("base", None): -1},
+                                                                              "test", "mc1")  # fmt: skip
+    assert found["value"] == 0 and found["high"] == -found["low"] == pytest.approx(3.84 / 123.84)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +34,9 @@ def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int
             console.print(text)
     tokens = int(seen.sum())
     console.print(f"This batch: {len(ids)} sequences, {tokens} tokens, {int(loss.sum())} of them with loss.")
-    console.print(f"Steps: {len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs:.0f} per fit.")
+    args, batches = trainer.args, len(trainer.get_train_dataloader())
+    steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    console.print(f"Steps: {args.max_steps if args.max_steps > 0 else steps} per fit.")
     for name, value in memory_estimate(trainer.model, batch["input_ids"].shape).items():
         console.print(f"  {name:<42}{value:>16,}" + ("" if name.endswith("parameters") else " bytes"))
 

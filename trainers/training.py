@@ -65,7 +65,7 @@ class FiniteTrainer(Trainer):
             raise NonFiniteError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1} "
                 f"(learning rate {self.args.learning_rate:g}). Lower --learning_rate, check --max_grad_norm, or train "
-                "in fp32 (--bf16 false); the last checkpoint is still good."
+                "in fp32 (--bf16 false), in another --output_dir. What was saved before is untouched."
             )
         return loss
 
@@ -74,7 +74,7 @@ class FiniteTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise NonFiniteError(
                     f"{name} holds NaN or infinite values after step {self.state.global_step}; nothing was saved. "
-                    "Lower --learning_rate and resume from the last checkpoint."
+                    "Lower --learning_rate and start in another --output_dir; what was saved before is untouched."
                 )
         try:
             super().save_model(*args, **kwargs)

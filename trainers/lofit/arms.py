@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -14,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LofitConfig
 from .iti import ItiProbe, iti_adapter, iti_probe
-from .red import red_model
+from .red import MLP_OUTPUTS, red_model
 from .selection import HeadSelection, check_k, grid, layer_matched_heads, learned_scores, random_heads, top_heads
-from .stages import fit, fit_scales
+from .stages import FINISHED, fit, fit_scales
 from .trainer import LofitDPOConfig, LofitSFTConfig
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,18 @@ class ArmArguments:
         return list(dict.fromkeys(ks))
 
     def check(self, base: PreTrainedModel, total: int) -> None:
-        """Before anything is measured: enough heads, and given ones selected on this base; ValueError otherwise."""
+        """Before anything is measured: enough heads, given ones selected on this base, baselines that can be built.
+
+        Raises:
+            ValueError: something of this does not hold, with the way out.
+        """
         self.ks(total)
+        model_type = base.config.model_type
+        known = {"lora": lora_targets(model_type) is not None, "red": model_type in MLP_OUTPUTS}
+        for name, possible in known.items():
+            if name in self.arms and not possible:
+                rest = " ".join(arm for arm in self.arms if known.get(arm, True))
+                raise ValueError(f"the arm {name} does not know {model_type!r} models; leave it out: --arms {rest}")
         if self.heads_file is not None:
             HeadSelection.load(self.heads_file).check_base(base)
 
@@ -109,6 +120,13 @@ class Arm:
     draw: int = 0
     heads: list[tuple[int, int]] | None = None
     log: list[dict[str, float]] = field(default_factory=list)
+
+
+def lora_targets(model_type: str) -> list[str] | None:
+    """The query and value projections (the paper's LoRA), or None where they are not known."""
+    fused = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
+    known = model_type in MLP_OUTPUTS or model_type in ("gemma3", "granite")
+    return fused.get(model_type) or (["q_proj", "v_proj"] if known else None)
 
 
 def arm_key(name: str, k: int | None = None, draw: int = 0) -> str:
@@ -173,8 +191,9 @@ def train_arms(
     if arguments.heads_file is not None:
         given = HeadSelection.load(arguments.heads_file)
         chosen = {given.k: given.heads}
+    elif not {"lofit", "layer_matched", "other"} & set(arguments.arms):
+        chosen = {k: [] for k in ks}  # no arm asks which heads were learned
     else:
-        start = time.perf_counter()
         selection = fit_scales(
             base,
             tokenizer,
@@ -187,7 +206,7 @@ def train_arms(
             learning_rate=arguments.selection_learning_rate,
             l1_lambda=args.l1_lambda,
         )
-        selection_seconds = time.perf_counter() - start
+        selection_seconds = json.loads((out_dir / "selection" / FINISHED).read_text())["seconds"]
         chosen = {k: top_heads(selection.scores, k) for k in ks}
 
     for k, heads in chosen.items():
@@ -223,7 +242,9 @@ def train_arms(
     if other is not None and wanted("other", main_k):
         yield from tune("other", offsets(main_heads), main_k, selected=selection_seconds)
     if wanted("lora"):
-        lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")  # PEFT's targets: the query and value projections
+        lora = LoraConfig(
+            r=8, lora_alpha=16, target_modules=lora_targets(base.config.model_type), task_type="CAUSAL_LM"
+        )
         yield from tune("lora", lora, learning_rate=arguments.lora_learning_rate)
     if wanted("red"):
         yield from tune("red", None, learning_rate=arguments.red_learning_rate)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 # The MLP's output projection.
 MLP_OUTPUTS = {
     **dict.fromkeys(
-        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3"],
+        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "olmo2", "smollm3"],
         "down_proj",
     ),
     "gpt_neox": "dense_4h_to_h",

@@ -64,7 +64,7 @@ class _LofitTrainer(FiniteTrainer):
         before = {name: parameter.detach().clone() for name, parameter in given.items()}
         super().__init__(model, *args, **kwargs)
         for name, parameter in _lofit_parameters(self.model).items():
-            parameter.data = before.get(name, parameter.data).float()
+            parameter.data = before.get(name, parameter.data).to(parameter.device).float()
         self._layers = [module for module in self.model.modules() if isinstance(module, LofitLayer)]
         scales = any("lofit_scale" in name and p.requires_grad for name, p in _lofit_parameters(self.model).items())
         if self.args.l1_lambda > 0 and not scales:
@@ -87,8 +87,8 @@ class _LofitTrainer(FiniteTrainer):
             for layer in self._layers:
                 layer.l1_coefficient = 0.0
         if self.args.l1_lambda > 0:
-            norm = sum(layer.l1.item() for layer in self._layers if layer.l1 is not None)
-            self._metrics["train"]["l1_penalty"].append(self.args.l1_lambda * norm)
+            norms = [layer.l1.cpu() for layer in self._layers if layer.l1 is not None]
+            self._metrics["train"]["l1_penalty"].append(self.args.l1_lambda * float(sum(norms)))
         return loss
 
 
@@ -96,8 +96,9 @@ class LofitSFTTrainer(_LofitTrainer, SFTTrainer):
     """`trl.SFTTrainer` whose gradient also holds that of `l1_lambda * sum|lofit_scale|`.
 
     The penalty enters in the layer's backward pass, divided by the accumulation steps: exactly once per optimiser step
-    under accumulation, several processes and ZeRO-3, and before clipping, as in the paper's code. The reported losses
-    are the task's alone; `l1_penalty` is logged beside them.
+    under accumulation, several processes, ZeRO-2 and ZeRO-3 (the latter two checked by hand, see
+    tests/distributed_lofit.py), and before clipping, as in the paper's code. The reported losses are the task's alone;
+    `l1_penalty` is logged beside them.
 
     Args: as `trl.SFTTrainer`; `args` is a `LofitSFTConfig`, `peft_config` a `LofitConfig`.
     """
