@@ -287,7 +287,7 @@ def test_read_rows(tmp_path):
     path.write_text('{"id": "1\u2028"}\n', encoding="utf-8")  # a line separator to Python, not to JSON
     assert read_rows(path) == [{"id": "1\u2028"}]
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="rows.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, split all, row 1: found \[1\]"):
         read_rows(path)
     path.write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match="row 1 has no id, only the columns text"):
