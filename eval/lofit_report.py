@@ -101,7 +101,9 @@ def show(run: RunFolder) -> None:
             f"{100 * test['high']:.0f}], p = {test['p_value']:.3g} ({test['method']})"
         )
     for k, shared in run.results.get("metrics", {}).get("head_overlap", {}).items():
-        console.print(f"Heads shared by two seeds, {k}: {shared['observed']:.1f} (chance {shared['chance']:.1f})")
+        console.print(
+            f"Heads two selections on one base share, {k}: {shared['observed']:.1f} (chance {shared['chance']:.1f})"
+        )
     console.print(f"Results, figures, samples and adapters: {run.path}")
 
 

@@ -242,12 +242,21 @@ def comparisons(results: Results, main: Column) -> dict[str, Any]:
 
 
 def overlaps(results: Results) -> dict[str, Any]:
-    """Heads shared by two seeds, observed and by chance, for each `k`; nothing where each seed has its own base."""
+    """Heads that two selections on one base share, observed and by chance, for each `k`.
+
+    Compared are the seeds where they share a base, and else each selection with its repetition on the same base
+    (`heads_again`): heads of different bases have nothing in common but their numbers.
+    """
     shared: dict[str, Any] = {}
-    if len({results.records[seed]["base"]["base_fingerprint"] for seed in results.seeds}) > 1:
-        return shared
+    one_base = len({results.records[seed]["base"]["base_fingerprint"] for seed in results.seeds}) == 1
     for k in results.ks:
-        chosen = [record["heads"] for seed in results.seeds for record in results.draws(seed, ("lofit", k))]
-        if len(chosen) > 1:
-            shared[f"k={k}"] = head_overlap([[tuple(head) for head in heads] for heads in chosen], results.total_heads)
+        records = [record for seed in results.seeds for record in results.draws(seed, ("lofit", k))]
+        chosen = [[tuple(head) for head in record["heads"]] for record in records]
+        if one_base and len(chosen) > 1:
+            shared[f"k={k}"] = head_overlap(chosen, results.total_heads)
+        elif records and all(record.get("heads_again") for record in records):
+            again = [[tuple(head) for head in record["heads_again"]] for record in records]
+            found = [head_overlap(pair, results.total_heads) for pair in zip(chosen, again, strict=True)]
+            pairs = [entry["pairs"][0] for entry in found]
+            shared[f"k={k}"] = {"observed": sum(pairs) / len(pairs), "chance": found[0]["chance"], "pairs": pairs}
     return shared

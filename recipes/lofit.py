@@ -37,7 +37,8 @@ from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fingerprint import model_fingerprint
 from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitSFTConfig
-from steerbook.trainers.lofit.arms import ArmArguments, arm_key, train_arms
+from steerbook.trainers.lofit.arguments import ArmArguments, arm_key
+from steerbook.trainers.lofit.arms import train_arms
 from steerbook.trainers.lofit.selection import grid
 from steerbook.trainers.lofit.stages import make_trainer
 from steerbook.trainers.seeds import run_seeds
@@ -48,7 +49,8 @@ PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e
 MYTHS = {
     "l1_lambda": 1e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15,
     "all_heads_learning_rate": 0.1, "lora_learning_rate": 5e-4, "red_learning_rate": 3e-2,
-    "iti_alphas": [5.0, 15.0, 50.0, 150.0, 500.0], "save_strategy": "no", "eval_batch_size": 256}  # fmt: skip
+    "iti_alphas": [5.0, 15.0, 50.0, 150.0, 500.0], "save_strategy": "no", "eval_batch_size": 256,
+    "repeat_selection": True}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (True, "default"): MYTHS | {"seeds": [0, 1, 2]},
     (True, "smoke"): MYTHS | {
@@ -204,7 +206,8 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         data_fingerprint=fingerprint(data["train"]), other=other_loss(settings, seed),
         score=dev_score,
     ):  # fmt: skip
-        facts = {name: getattr(arm, name) for name in ("k", "draw", "trained", "seconds", "heads", "log")}
+        names = ("k", "draw", "trained", "seconds", "heads", "heads_again", "log")
+        facts = {name: getattr(arm, name) for name in names}
         record(arm.name, measure(arm.model, tokenizer, data, **scoring), **facts)
 
 

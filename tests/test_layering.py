@@ -151,7 +151,8 @@ def test_public_names_of_the_trainers():
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("trainers.lofit.arms", ["ARMS", "Arm", "ArmArguments", "train_arms"]),
+        ("trainers.lofit.arguments", ["ARMS", "ArmArguments", "arm_key", "lora_targets"]),
+        ("trainers.lofit.arms", ["Arm", "train_arms"]),
         ("trainers.lofit.iti", ["ItiProbe", "iti_adapter", "iti_probe"]),
         ("trainers.lofit.red", ["red_model"]),
         ("trainers.lofit.selection", ["grid", "layer_matched_heads", "learned_scores", "random_heads", "top_heads"]),

@@ -113,6 +113,10 @@ def test_overlap_of_heads():
     assert found["pairs"] == [1, 2, 1] and found["chance"] == pytest.approx(2 * 2 / 20)
     records[1]["base"]["base_fingerprint"] = "another"
     assert overlaps(Results(records)) == {}  # heads of different bases have nothing in common but their numbers
+    for arms, again in zip(records.values(), ([[0, 1], [1, 0]], [[0, 1], [0, 2]], [[3, 3], [2, 2]]), strict=True):
+        arms["lofit_k2"]["heads_again"] = again
+    found = overlaps(Results(records))["k=2"]
+    assert found == {"observed": 1.0, "chance": pytest.approx(0.2), "pairs": [2, 1, 0]}
 
 
 def test_one_seed_is_compared_on_its_questions():

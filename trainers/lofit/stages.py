@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
@@ -65,6 +65,7 @@ def fit(
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = vars(base).get("forward")
+    set_seed(args.seed)  # initial values are drawn before the Trainer seeds itself; no arm depends on those before it
     trainer = make_trainer(model, tokenizer, rows, args, peft_config)
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
