@@ -45,7 +45,7 @@ from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
 PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e-2}  # spec: Llama-2-7B, TruthfulQA
-# Chosen on dev questions of worlds 10-14 and 20-24; the worlds reported are 0-2.
+# Chosen on dev questions of worlds 10-14 and 20-24 (RED's on all of 20-22); the worlds reported are 0-2.
 MYTHS = {
     "l1_lambda": 1e-3, "selection_learning_rate": 5e-2, "learning_rate": 0.3, "num_train_epochs": 15,
     "all_heads_learning_rate": 0.1, "lora_learning_rate": 5e-4, "red_learning_rate": 3e-2,
