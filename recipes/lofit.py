@@ -17,20 +17,21 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import set_seed
 from trl import ModelConfig
 
-from steerbook.arguments import RecipeParser
+from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
 from steerbook.console import clear_errors, quiet_libraries
-from steerbook.data_builders.lofit import LofitDataArguments, build, myths, resolved_loss
+from steerbook.data_builders import lofit as lofit_data
+from steerbook.data_builders.lofit import LofitDataArguments, myths
 from steerbook.data_builders.rows import fingerprint
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.lofit import evaluate, measure
-from steerbook.eval.lofit_report import read_records, show, write_report
+from steerbook.eval.lofit.report import read_records, show, write_report
 from steerbook.eval.report import RunFolder
 from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
@@ -40,7 +41,7 @@ from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitSFTConfig
 from steerbook.trainers.lofit.arguments import ArmArguments, arm_key
 from steerbook.trainers.lofit.arms import train_arms
 from steerbook.trainers.lofit.selection import grid
-from steerbook.trainers.lofit.stages import make_trainer
+from steerbook.trainers.lofit.stages import make_trainer, other_config
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
@@ -65,17 +66,7 @@ TINY = {  # the bases of the two worlds
     "smoke": TinyConfig(hidden_size=64, intermediate_size=128, layers=3, heads=8, kv_heads=4, steps=200,
                         warmup_steps=20)}  # fmt: skip
 TINY_BYTES = replace(TINY["smoke"], tokenizer="byte", layers=2, steps=100, length=256, batch_size=4)
-PRELOAD = ["steerbook.trainers.lofit.arms", "steerbook.eval.lofit_report", "steerbook.trainers.tiny_lm"]
-
-
-@dataclass
-class RecipeArguments:
-    """Flags of the recipe itself; those of arms, data, trainer and TRL's ModelConfig stand beside them."""
-
-    preset: Literal["default", "smoke"] = field(default="default", metadata={"help": "Sizes; other flags override."})
-    dry_run: bool = field(default=False, metadata={"help": "Show rows, masks, parameters, memory; train nothing."})
-    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "From three on, claims are judged."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Rows of a forward pass in evaluation (memory)."})
+PRELOAD = ["steerbook.trainers.lofit.arms", "steerbook.eval.lofit.report", "steerbook.trainers.tiny_lm"]
 
 
 class Settings(NamedTuple):
@@ -92,76 +83,35 @@ def parse(argv: list[str]) -> Settings:
     """Defaults, then the preset, then --config, then the command line. The loss decides whose trainer flags exist."""
     first = RecipeParser((RecipeArguments, LofitDataArguments), add_help=False)
     recipe, data, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
-    config = LofitDPOConfig if resolved_loss(data) == "dpo" else LofitSFTConfig
+    config = LofitDPOConfig if lofit_data.resolved_loss(data) == "dpo" else LofitSFTConfig
     parser = RecipeParser((RecipeArguments, ArmArguments, LofitDataArguments, config, ModelConfig))
     name = f"lofit-{data.dataset}" + ("-smoke" if recipe.preset == "smoke" else "")
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.dataset == "myths", recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
-    check(settings)
-    return settings
-
-
-def check(settings: Settings) -> None:
-    """Refuse flags of the libraries underneath that would have no effect here, or not the expected one."""
-    training, seeds = settings.training, settings.recipe.seeds
-    if len(set(seeds)) != len(seeds):
-        raise ValueError(f"--seeds {seeds} names a seed twice; give each once")
-    unused = {
-        "resume_from_checkpoint": "the same command continues an interrupted run",
-        "push_to_hub": "push the finished folder with huggingface-cli",
-        "load_best_model_at_end": "the last step counts, as in the paper",
-        "do_eval": "every arm is measured when it is trained",
-    }
-    for name, instead in unused.items():
-        if getattr(training, name):
-            raise ValueError(f"--{name} has no effect here: {instead}")
-    usual = ModelConfig()
-    for name, value in asdict(settings.model).items():
-        if name.startswith("lora_") and value != getattr(usual, name):
-            raise ValueError(f"--{name} has no effect: the LoRA baseline is the paper's (rank 8, queries and values)")
-    if training.seed != 42:
-        raise ValueError(f"--seed {training.seed} has no effect; use --seeds {training.seed}")
-    if settings.model.use_peft:
-        raise ValueError("--use_peft has no effect: --arms says what is tuned (the LoRA baseline is the arm lora)")
+    training = settings.training
+    check_unused(training, settings.model)
     if training.deepspeed_plugin is not None or training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             "this recipe evaluates whole models between its fits, which DeepSpeed and FSDP do not hold together yet: "
             "launch it with one process or DDP, or train with LofitSFTTrainer or LofitDPOTrainer in a script of yours"
         )
+    return settings
 
 
-def rows_of(settings: Settings, seed: int, **changes: Any) -> Any:
-    """The data of one seed: the embedded world has one world a seed, real data are the same for all."""
-    if settings.data.dataset == "myths":
-        changes["rows_seed"] = seed
-    return build(replace(settings.data, **changes))
+def load(settings: Settings, data: Any, args: LofitDataArguments, seed: int, keep_in: Path | None = None) -> Any:
+    """Base model and tokenizer: a real one, or the tiny one of this seed."""
 
+    def tiny() -> Path:
+        config = TINY[args.world] if args.dataset == "myths" else TINY_BYTES
+        config = replace(config, steps=0) if settings.recipe.dry_run else config
+        focus = myths.FOCUS if args.dataset == "myths" else ()
+        bar = len(settings.recipe.seeds) == 1  # several seeds train theirs side by side
+        return tiny_lm(lofit_data.base_corpus(args, data), seed=seed, config=config, focus=focus, progress=bar)
 
-def tiny_base(settings: Settings, data: Any, seed: int) -> Path:
-    """The embedded base: trained on the world's corpus, or on the texts of a real data set (a toy all the same)."""
-    untrained = {"steps": 0} if settings.recipe.dry_run else {}
-    bar = len(settings.recipe.seeds) == 1  # several seeds train theirs side by side
-    if settings.data.dataset == "myths":
-        corpus = myths.corpus(seed, settings.data.world)
-        config = replace(TINY[settings.data.world], **untrained)
-        return tiny_lm(corpus, seed=seed, config=config, focus=myths.FOCUS, progress=bar)
-    answer = "chosen" if "chosen" in data["train"].column_names else "completion"
-    corpus = [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
-    return tiny_lm(corpus, seed=seed, config=replace(TINY_BYTES, **untrained), progress=bar)
-
-
-def other_loss(settings: Settings, seed: int) -> tuple[Any, Any] | None:
-    """Rows and trainer flags for the arm `other`: SFT on the truth beside DPO, or the reverse, where both exist."""
-    if settings.data.dataset in ("mquake", "clutrr"):
-        return None  # no wrong answers to prefer the right one to
-    loss, config = (
-        ("sft", LofitSFTConfig) if isinstance(settings.training, LofitDPOConfig) else ("dpo", LofitDPOConfig)
-    )
-    training = settings.training
-    usual = type(training)(output_dir=training.output_dir)
-    both = {f.name for f in fields(config)} & {f.name for f in fields(training)} - {"l1_lambda", "loss_type"}
-    given = {name: getattr(training, name) for name in both if getattr(training, name) != getattr(usual, name)}
-    return rows_of(settings, seed, loss=loss)["train"], config(**{"output_dir": training.output_dir, **given})
+    set_seed(seed)
+    model, tokenizer = load_base(settings.model, tiny, keep_in, settings.training.device)
+    settings.arms.check(model, sum(grid(model).values()))
+    return model, tokenizer
 
 
 def run_seed(argv: list[str], seed: int, report: Any) -> None:
@@ -174,11 +124,9 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         training.disable_tqdm = True
     scoring = {"batch_size": settings.recipe.eval_batch_size, "progress": not toy}
     folder = Path(training.output_dir) / f"seed_{seed}"
-    data = rows_of(settings, seed)
-    set_seed(seed)
-    base, tokenizer = load_base(settings.model, lambda: tiny_base(settings, data, seed), folder, training.device)
-    heads = sum(grid(base).values())
-    settings.arms.check(base, heads)
+    args = lofit_data.of_seed(settings.data, seed)
+    data = lofit_data.build(args)
+    base, tokenizer = load(settings, data, args, seed, folder)
     done = {file.parent.name for file in folder.glob("*/measured.json")}
     for key in sorted(done):
         report(f"{key} (measured before)")
@@ -196,15 +144,17 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         return metrics["mc1"]["value"] + metrics["mc2"]["value"]
 
     if "base" not in done:
+        heads = sum(grid(base).values())
         facts = {"trained": 0, "seconds": 0.0, "total_heads": heads, "ks": settings.arms.ks(heads),
-                 "loss": resolved_loss(settings.data), "base_fingerprint": model_fingerprint(base)}  # fmt: skip
+                 "loss": lofit_data.resolved_loss(args), "base_fingerprint": model_fingerprint(base)}  # fmt: skip
         record("base", measure(base, tokenizer, data, **scoring), **facts)
     if "marker_prompt" in data["test"].column_names and "marker" not in done:
         record("marker", measure(base, tokenizer, data, prompt="marker_prompt", **scoring), trained=0, seconds=0.0)
+    other = lofit_data.other_loss(args)
     for arm in train_arms(
-        base, tokenizer, data["train"], training, settings.arms, folder, done=done,
-        data_fingerprint=fingerprint(data["train"]), other=other_loss(settings, seed),
-        score=dev_score,
+        base, tokenizer, data["train"], training, settings.arms, folder, done=done, score=dev_score,
+        data_fingerprint=fingerprint(data["train"]),
+        other=None if other is None else (lofit_data.build(other)["train"], other_config(training)),
     ):  # fmt: skip
         names = ("k", "draw", "trained", "seconds", "heads", "heads_again", "log")
         facts = {name: getattr(arm, name) for name in names}
@@ -216,19 +166,15 @@ def main(argv: list[str]) -> None:
         settings = parse(argv)
         training, seeds = settings.training, settings.recipe.seeds
         toy = settings.model.model_name_or_path is None
-        data = {seed: rows_of(settings, seed) for seed in seeds}
+        args = [lofit_data.of_seed(settings.data, seed) for seed in seeds]
+        data = [lofit_data.build(one) for one in args]
         if settings.recipe.dry_run:
             quiet_libraries()
-            first = data[seeds[0]]
-            model, tokenizer = load_base(settings.model, lambda: tiny_base(settings, first, seeds[0]))
-            settings.arms.check(model, sum(grid(model).values()))
-            training.output_dir = tempfile.mkdtemp()  # the Trainer makes its folder at once
-            trainer = make_trainer(model, tokenizer, first["train"], training, LofitConfig(component="scale"))
-            return show_dry_run(trainer, tokenizer)
-        flags = {name: value for part in settings for name, value in asdict(part).items()}
-        usual_training = type(training)(output_dir=training.output_dir)
-        usual = (RecipeArguments(), ArmArguments(), LofitDataArguments(), usual_training, ModelConfig())
-        defaults = {name: value for part in usual for name, value in asdict(part).items()}
+            model, tokenizer = load(settings, data[0], args[0], seeds[0])
+            with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
+                trainer = make_trainer(model, tokenizer, data[0]["train"], training, LofitConfig(component="scale"))
+                return show_dry_run(trainer, tokenizer)
+        flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
         if run.finished:
@@ -236,11 +182,10 @@ def main(argv: list[str]) -> None:
         else:
             if toy:
                 print("A toy: tiny models, trained here once and cached. It shows nothing about large models.")
-            counts = {split: len(rows) for split, rows in data[seeds[0]].items()}
-            run.data("-".join(fingerprint(data[seed])[:12] for seed in seeds), counts)
-            steps = len(settings.arms.keys()) + 1 + (settings.data.dataset == "myths")
-            if settings.data.dataset in ("mquake", "clutrr"):  # no wrong answers, no arms that need them
-                steps -= len({"other", "iti", "iti_heads"} & set(settings.arms.arms))
+            counts = {split: len(rows) for split, rows in data[0].items()}
+            run.data("-".join(fingerprint(rows)[:12] for rows in data), counts)
+            arms = settings.arms.keys(wrong_answers=lofit_data.other_loss(args[0]) is not None)
+            steps = len(arms) + 1 + ("marker_prompt" in data[0]["test"].column_names)
             run_seeds(run_seed, argv, seeds, steps, PRELOAD, parallel=toy and training.world_size == 1)
             base = {"name": "tiny_lm", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
                 "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip

@@ -1,4 +1,4 @@
-"""eval/lofit.py: the metrics against hand-computed values, the scorers against a plain forward pass."""
+"""eval/lofit/: the metrics against hand-computed values, the scorers against a plain forward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import steerbook.eval
-from steerbook.eval import lofit, lofit_figures
+from steerbook.eval import figures
 from steerbook.eval.generation import generate
-from steerbook.eval.lofit import evaluate, exact_match, head_overlap, multiple_choice, read_rows
+from steerbook.eval.lofit import __main__ as cli
+from steerbook.eval.lofit import evaluate, exact_match, head_overlap, multiple_choice, scores
+from steerbook.eval.lofit.__main__ import read_rows
+from steerbook.eval.lofit.figures import heads_map
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", " ", ":", "?", ".", "\n", "R"]
 
@@ -231,7 +234,7 @@ def test_exact_match_rows(model, tokenizer, monkeypatch):
         {"id": "3", "group": "h", "prompt": "q", "answers": ["Bern"], "stop": "\n", "shortcut": "Paris"},
         {"id": "4", "group": "i", "prompt": "q", "answers": ["Kyiv"], "stop": "\n", "shortcut": None},
     ]
-    monkeypatch.setattr(lofit, "generate", Speaker("Oslo\n", " Roma", "Basel", " Kyiv\nQ"))
+    monkeypatch.setattr(scores, "generate", Speaker("Oslo\n", " Roma", "Basel", " Kyiv\nQ"))
     result = evaluate(model, tokenizer, rows)
     assert {name: m["value"] for name, m in result["metrics"].items()} == pytest.approx(
         {"em": 0.75, "em_strict": 0.25, "em_shortcut": 1 / 3}
@@ -249,7 +252,7 @@ def test_exact_match_rows_with_the_model(model, tokenizer):
 
 def test_extreme_shares_keep_an_interval(model, tokenizer, monkeypatch):
     rows = [{"id": str(i), "prompt": "q", "answers": ["x"], "stop": "."} for i in range(20)]
-    monkeypatch.setattr(lofit, "generate", Speaker(*["x"] * 20))
+    monkeypatch.setattr(scores, "generate", Speaker(*["x"] * 20))
     found = evaluate(model, tokenizer, rows)["metrics"]["em"]
     assert found["value"] == found["high"] == 1.0 and 0.8 < found["low"] < 0.9
 
@@ -299,7 +302,7 @@ def test_command_line_on_a_model_and_on_an_adapter(model, tokenizer, tmp_path, c
     rows.write_text("".join(json.dumps(row) + "\n" for row in CHOICE_ROWS))
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    lofit.main(["--model", str(tmp_path / "base"), "--rows", str(rows), "--out", str(tmp_path / "base.json")])
+    cli.main(["--model", str(tmp_path / "base"), "--rows", str(rows), "--out", str(tmp_path / "base.json")])
     assert "mc1" in capsys.readouterr().out
     found = json.loads((tmp_path / "base.json").read_text())
     assert found["samples"][0]["true"] == pytest.approx(
@@ -308,7 +311,7 @@ def test_command_line_on_a_model_and_on_an_adapter(model, tokenizer, tmp_path, c
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=2)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    lofit.main(["--model", str(tmp_path / "adapter"), "--rows", str(rows), "--out", str(tmp_path / "adapter.json")])
+    cli.main(["--model", str(tmp_path / "adapter"), "--rows", str(rows), "--out", str(tmp_path / "adapter.json")])
     tuned = json.loads((tmp_path / "adapter.json").read_text())["samples"][0]["true"]
     assert tuned == pytest.approx(evaluate(adapted, tokenizer, CHOICE_ROWS)["samples"][0]["true"], abs=1e-5)
     assert tuned != pytest.approx(found["samples"][0]["true"], abs=1e-5)
@@ -316,7 +319,7 @@ def test_command_line_on_a_model_and_on_an_adapter(model, tokenizer, tmp_path, c
 
 def test_command_line_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        lofit.main(["--model", "m", "--rows", str(tmp_path / "none.jsonl")])
+        cli.main(["--model", "m", "--rows", str(tmp_path / "none.jsonl")])
     assert "no file at" in capsys.readouterr().err
 
 
@@ -335,7 +338,7 @@ def test_lm_eval_task_gives_the_same_numbers(model, tokenizer):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from steerbook.eval.lofit_lm_eval import truthfulqa_task
+    from steerbook.eval.lofit.lm_eval import truthfulqa_task
 
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4, add_bos_token=True)
     result = lm_eval.simple_evaluate(
@@ -364,16 +367,14 @@ def test_figures_are_written(tmp_path):
     for attempt in ("a", "b"):
         (tmp_path / attempt).mkdir()
         paths = [tmp_path / attempt / f"{name}.png" for name in ("heads", "flat", "bars", "loss")]
-        lofit_figures.heads_map([[1e-4, 2.0, 0.0], [1e-4, 1e-3, 1e-4]], [(0, 1)], paths[0], title="heads")
-        lofit_figures.heads_map([[0.0, 0.0]], [], paths[1], title="no scores")
+        heads_map([[1e-4, 2.0, 0.0], [1e-4, 1e-3, 1e-4]], [(0, 1)], paths[0], title="heads")
+        heads_map([[0.0, 0.0]], [], paths[1], title="no scores")
         value = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
         alone = {"value": 0.7, "low": None, "high": None, "n": 1}
-        lofit_figures.bars(
-            {"base": {"MC1": value, "MC2": alone}, "LoFiT": {"MC1": value}}, paths[2], title="t", label="%"
-        )
+        figures.bars({"base": {"MC1": value, "MC2": alone}, "LoFiT": {"MC1": value}}, paths[2], title="t", label="%")
         loss = {"value": -0.2, "low": -0.4, "high": 0.0, "n": 4}
-        lofit_figures.bars({"gain": {"MC1": loss}}, tmp_path / "negative.png", title="t", label="points")
-        lofit_figures.loss_curves({"offsets": [(0, 0.7), (5, 0.2)], "offsets dev": [(5, 0.3)]}, paths[3], title="t")
+        figures.bars({"gain": {"MC1": loss}}, tmp_path / "negative.png", title="t", label="points")
+        figures.loss_curves({"offsets": [(0, 0.7), (5, 0.2)], "scales": [(5, 0.3)]}, paths[3], title="t")
         made.append([path.read_bytes() for path in paths])
     assert made[0] == made[1]
     assert all(data.startswith(b"\x89PNG") and 4_000 < len(data) < 200_000 for data in made[0])
@@ -383,13 +384,13 @@ def test_figures_are_written(tmp_path):
 def test_figures_refuse(tmp_path):
     path = tmp_path / "x.png"
     with pytest.raises(ValueError, match=r"head \(2, 0\) is outside the 1 x 2 map"):
-        lofit_figures.heads_map([[1.0, 2.0]], [(2, 0)], path, title="t")
+        heads_map([[1.0, 2.0]], [(2, 0)], path, title="t")
     with pytest.raises(ValueError, match="must be finite, non-negative"):
-        lofit_figures.heads_map([[math.nan]], [], path, title="t")
+        heads_map([[math.nan]], [], path, title="t")
     with pytest.raises(ValueError, match="no bars to draw"):
-        lofit_figures.bars({}, path, title="t", label="%")
+        figures.bars({}, path, title="t", label="%")
     with pytest.raises(ValueError, match="every curve needs at least one point, got {'a': 0}"):
-        lofit_figures.loss_curves({"a": []}, path, title="t")
+        figures.loss_curves({"a": []}, path, title="t")
     assert not path.exists()
 
 

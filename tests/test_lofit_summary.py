@@ -2,7 +2,7 @@
 
 import pytest
 
-from steerbook.eval.lofit_summary import Results, claims, columns, comparisons, overlaps, screen_rows, table
+from steerbook.eval.lofit.summary import Results, claims, columns, comparisons, overlaps, screen_rows, table
 
 
 def samples(values, metric="mc1"):

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -94,3 +95,25 @@ def resolved_loss(args: LofitDataArguments) -> Literal["dpo", "sft"]:
     if args.loss != "auto":
         return args.loss
     return "dpo" if args.dataset == "truthfulqa" else "sft"
+
+
+def of_seed(args: LofitDataArguments, seed: int) -> LofitDataArguments:
+    """The arguments for one seed of a run: each has an embedded world of its own, real data are the same for all."""
+    return replace(args, rows_seed=seed) if args.dataset == "myths" else args
+
+
+def base_corpus(args: LofitDataArguments, data: Mapping[str, Any]) -> list[str]:
+    """What a tiny base is trained on: the world's corpus, or the texts of a real data set (a toy all the same)."""
+    if args.dataset == "myths":
+        from . import myths
+
+        return myths.corpus(args.rows_seed, args.world)
+    answer = "chosen" if "chosen" in data["train"].column_names else "completion"
+    return [row["prompt"] + row[answer] for row in data["train"]] + list(data["text"]["text"])
+
+
+def other_loss(args: LofitDataArguments) -> LofitDataArguments | None:
+    """The same data for the other loss: SFT on the truth beside DPO, or the reverse; None without wrong answers."""
+    if args.dataset in ("mquake", "clutrr"):
+        return None
+    return replace(args, loss="sft" if resolved_loss(args) == "dpo" else "dpo")

@@ -1,11 +1,28 @@
-"""The command line of a recipe."""
+"""The command line of a recipe: the flags all recipes have, and a parser with errors for people."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NoReturn
 
 import yaml
-from trl import TrlParser
+from transformers import TrainingArguments
+from trl import ModelConfig, TrlParser
+
+
+@dataclass
+class RecipeArguments:
+    """Flags that every recipe has; those of its methods, data, trainer and TRL's ModelConfig stand beside them."""
+
+    preset: Literal["default", "smoke"] = field(default="default", metadata={"help": "Sizes; other flags override."})
+    dry_run: bool = field(default=False, metadata={"help": "Show rows, masks, parameters, memory; train nothing."})
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "From three on, claims are judged."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Rows of a forward pass in evaluation (memory)."})
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"--seeds {self.seeds} names a seed twice; give each once")
 
 
 class RecipeParser(TrlParser):
@@ -30,3 +47,38 @@ class RecipeParser(TrlParser):
             if values[name] is not None and not isinstance(values[name], list):
                 values[name] = [values[name]]
         return super().set_defaults_with_config(**values)
+
+
+def check_unused(training: TrainingArguments, model: ModelConfig) -> None:
+    """ValueError for flags of the libraries underneath that would have no effect in a recipe, with what to do instead.
+
+    A recipe measures every arm itself, in one process after the other or under DDP.
+    """
+    instead = {
+        "resume_from_checkpoint": "the same command continues an interrupted run",
+        "push_to_hub": "push the finished folder with huggingface-cli",
+        "load_best_model_at_end": "the last step counts, as in the paper",
+        "do_eval": "every arm is measured when it is trained",
+    }
+    for name, way in instead.items():
+        if getattr(training, name):
+            raise ValueError(f"--{name} has no effect here: {way}")
+    if training.seed != 42:
+        raise ValueError(f"--seed {training.seed} has no effect; use --seeds {training.seed}")
+    usual = ModelConfig()
+    for name, value in asdict(model).items():
+        if name.startswith("lora_") and value != getattr(usual, name):
+            raise ValueError(f"--{name} has no effect: the LoRA baseline is the paper's (rank 8, queries and values)")
+    if model.use_peft:
+        raise ValueError("--use_peft has no effect: --arms says what is tuned (the LoRA baseline is the arm lora)")
+
+
+def flags_and_defaults(parts: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags of parsed dataclasses, and what each is where nobody gives it (for a run's report)."""
+    parts = list(parts)
+    usual = [type(p)(output_dir=p.output_dir) if isinstance(p, TrainingArguments) else type(p)() for p in parts]
+    return _merged(parts), _merged(usual)
+
+
+def _merged(parts: Sequence[Any]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in asdict(part).items()}

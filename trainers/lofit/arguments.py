@@ -85,11 +85,16 @@ class ArmArguments:
         if self.heads_file is not None:
             HeadSelection.load(self.heads_file).check_base(base)
 
-    def keys(self) -> list[str]:
-        """The keys (`arm_key`) of all arms, with placeholders for the numbers of heads."""
+    def keys(self, wrong_answers: bool = True) -> list[str]:
+        """The keys (`arm_key`) of all arms, with placeholders for the numbers of heads.
+
+        Rows without wrong answers have no other loss and train no ITI probe.
+        """
         numbers = list(range(len(self.k or self.heads_percent))) if self.heads_file is None else [0]
         keys = []
         for name in self.arms:
+            if name in ("other", "iti", "iti_heads") and not wrong_answers:
+                continue
             for k in numbers if name in ("lofit", *DRAWN) else numbers[:1]:
                 keys += [arm_key(name, k, draw + 1) for draw in range(self.draws if name in DRAWN else 1)]
         return keys

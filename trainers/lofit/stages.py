@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,15 @@ def make_trainer(
         )
     rows = rows.select_columns(["prompt", "completion"])
     return LofitSFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
+
+
+def other_config(args: LofitSFTConfig | LofitDPOConfig) -> LofitSFTConfig | LofitDPOConfig:
+    """The trainer's arguments for the other loss: what was given and both losses know is kept, the penalty is not."""
+    config = LofitSFTConfig if isinstance(args, LofitDPOConfig) else LofitDPOConfig
+    usual = type(args)(output_dir=args.output_dir)
+    both = {f.name for f in fields(config)} & {f.name for f in fields(args)} - {"l1_lambda", "loss_type"}
+    given = {name: getattr(args, name) for name in both if getattr(args, name) != getattr(usual, name)}
+    return config(**{"output_dir": args.output_dir, **given})
 
 
 def fit_scales(

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import is_main_process
-from .lofit_figures import bars, heads_map, loss_curves
-from .lofit_summary import NAMES, Results, claims, columns, comparisons, overlaps, screen_rows, table
-from .report import RunFolder, results_table, wide_console
+from ...files import is_main_process
+from ..figures import bars, loss_curves
+from ..report import RunFolder, results_table, wide_console
+from .figures import heads_map
+from .summary import NAMES, Results, claims, columns, comparisons, overlaps, screen_rows, table
 
 Records = dict[int, dict[str, dict[str, Any]]]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .lofit import head_overlap
-from .statistics import Metric, paired_test, seed_metric
+from ..statistics import Metric, paired_test, seed_metric
+from .scores import head_overlap
 
 Record = Mapping[str, Any]
 NAMES = {

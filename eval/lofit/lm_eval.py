@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .lofit import multiple_choice
+from .scores import multiple_choice
 
 METRICS = ("mc1", "mc2", "mc3")
 
