@@ -3,12 +3,14 @@
 from importlib import import_module
 
 _MODULES = {
+    "Composer": "atlas",
     "HeadSelection": "lofit",
     "LofitConfig": "lofit",
     "LofitDPOConfig": "lofit",
     "LofitDPOTrainer": "lofit",
     "LofitSFTConfig": "lofit",
     "LofitSFTTrainer": "lofit",
+    "TaskVector": "atlas",
     "export_merged": "lofit",
     "newest_complete_checkpoint": "checkpoints",
 }

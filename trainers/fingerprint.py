@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,19 +18,25 @@ def model_fingerprint(model: nn.Module) -> str:
     has one fingerprint and an 8B model takes about a second. A quantised copy has another. Adapter parameters and
     what PEFT adds to names are left out: the fingerprint of an adapted model is its base's.
     """
+    return tensors_fingerprint(dict(model.named_parameters()))
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The fingerprint of the model with these parameters; a lazy mapping is read one tensor at a time."""
     digest = hashlib.sha256()
-    tensors = {}
-    for name, tensor in model.named_parameters():
+    names = {}
+    for name in tensors:
         parts = name.split(".")
         if not any(part.startswith(("lofit_", "lora_", "ia3_", "beft_")) for part in parts):
             # wrapped: base_model.model.model.layers.0...o_proj.base_layer.weight; bare: model.layers.0...o_proj.weight
-            tensors[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = tensor
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
+            names[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = name
+    for name in sorted(names):
+        tensor = tensors[names[name]].detach()
+        flat = tensor.reshape(-1)
         count = min(SAMPLES, flat.numel())
         # In integers: fp32 `linspace` rounds the last index of an 8B model's embedding out of range.
         picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
         values = picked.to("cpu", torch.bfloat16 if picked.is_floating_point() else torch.int64)
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
