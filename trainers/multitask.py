@@ -1,0 +1,124 @@
+"""`trl.SFTTrainer` for several tasks at once: each task's loss is a mean of its own, over the whole optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from .training import FiniteTrainer
+
+
+class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
+    """The loss is `sum_t weight_t * mean_t`, where `mean_t` is the mean nats per completion token of task t's rows.
+
+    The mean is over all rows of the task in the optimiser step, whatever the micro-batches and processes they lie in,
+    so 8 x 1, 4 x 2 and two processes give equal steps. A task without rows in a step adds nothing.
+
+    Args: as `trl.SFTTrainer`, and
+        train_dataset: with a text column `task` (without it, everything is one task).
+        task_weights: weight of each task's mean; default 1 for each.
+
+    Logs `loss/<task>` and `tokens/<task>` beside TRL's own values.
+
+    Raises:
+        ValueError: packing (rows of several tasks would share a sequence), or weights for tasks without rows.
+    """
+
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        *,
+        task_weights: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.packing:
+            raise ValueError("packing puts rows of several tasks into one sequence; switch it off (--packing false)")
+        if "task" not in train_dataset.column_names:
+            train_dataset = train_dataset.add_column("task", ["all"] * len(train_dataset))
+        self.tasks = sorted(set(train_dataset["task"]))
+        weights = dict.fromkeys(self.tasks, 1.0) if task_weights is None else dict(task_weights)
+        if set(weights) != set(self.tasks):
+            raise ValueError(f"task_weights names {sorted(weights)}, but the rows are of {self.tasks}")
+        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        self.task_weights = torch.tensor([weights[task] for task in self.tasks])
+        self.data_collator = _TaskCollator(self.data_collator, self.tasks)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
+        self._step_tokens: Tensor | None = None
+        self._seen = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=self.args.device)  # nats, tokens
+
+    def token_nats(self, model: Any, inputs: dict[str, Any], tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats of every completion token of the batch, and the task each belongs to; both [tokens]."""
+        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)  # use_cache would join packed rows
+        seen = outputs.label_mask.bool()
+        return -outputs.log_probs[seen], tasks[:, None].expand_as(seen)[seen]
+
+    def token_loss(self, nats: Tensor, tasks: Tensor) -> Tensor:
+        """What enters a task's mean for each token; nats [tokens], tasks [tokens] (numbers of `self.tasks`)."""
+        return nats
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        mode = "train" if self.model.training else "eval"
+        tasks = inputs.pop("task_id")
+        nats, of_token = self.token_nats(model, inputs, tasks)
+        here = torch.bincount(of_token, minlength=len(self.tasks))
+        whole = here if mode == "eval" or self._step_tokens is None else self._step_tokens
+        weights = self.task_weights.to(nats.device)
+        losses = nats.new_zeros(len(self.tasks)).index_add(0, of_token, self.token_loss(nats, of_token))
+        loss = (weights * losses / whole.clamp(min=1)).sum()
+        if mode == "train":
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+            attended = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            total = self.accelerator.reduce(torch.as_tensor(attended, device=nats.device), "sum")
+            self._total_train_tokens += int(total)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        sums = nats.detach().new_zeros(len(self.tasks), dtype=torch.float64).index_add(0, of_token, nats.double())
+        self._seen += torch.stack([sums, here.double()]).detach()
+        if mode == "eval" or self.accelerator.sync_gradients:
+            self._log_tasks(mode)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _log_tasks(self, mode: str) -> None:
+        """Means over all that was seen since the last call: an optimiser step, or a batch in evaluation."""
+        sums, counts = self.accelerator.reduce(self._seen, "sum").tolist()
+        self._seen.zero_()
+        for task, total, count in zip(self.tasks, sums, counts, strict=True):
+            if count:
+                self._metrics[mode][f"loss/{task}"].append(total / count)
+                self._metrics[mode][f"tokens/{task}"].append(count)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(len(self.tasks), dtype=torch.long, device=device)
+        for batch in batches:
+            seen = (batch["labels"][:, 1:] != -100).to(device)
+            counts.index_add_(0, batch["task_id"].to(device), seen.sum(1))
+        self._step_tokens = self.accelerator.reduce(counts, "sum")
+        return batches, items
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task" not in self._signature_columns:
+            self._signature_columns.append("task")
+
+
+class _TaskCollator:
+    """Another collator's batch, with `task_id` [rows]."""
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], tasks: list[str]) -> None:
+        self.inner, self.numbers = inner, {task: number for number, task in enumerate(tasks)}
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = [self.numbers[example["task"]] for example in examples]
+        batch = self.inner([{k: v for k, v in example.items() if k != "task"} for example in examples])
+        return {**batch, "task_id": torch.tensor(numbers)}
