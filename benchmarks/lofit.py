@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from timing import measure, ratio
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,28 +85,6 @@ def inference(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
             model(input_ids=ids)
 
     return run
-
-
-def measure(
-    contenders: dict[str, Callable[[], None]], rounds: int, repeat: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of every contender in every round. CPU time on a CPU (other processes do not count), else wall time."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):  # round 0 warms up
-        for name, run in contenders.items():
-            start = clock()
-            for _ in range(repeat):
-                run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append((clock() - start) / repeat)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, against: str) -> float:
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[against], strict=True))
 
 
 def main() -> None:

@@ -115,6 +115,20 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def keeps_logits(model: CausalLM) -> bool:
+    """Whether `logits_to_keep` spares the vocabulary-sized matrix where no logits are needed. Nearly all take it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(type(base).forward).parameters
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
+
+
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], choices: Sequence[Sequence[str]]
 ) -> list[_Question]:
@@ -130,7 +144,7 @@ def _tokenize(
     questions = []
     for index, (prompt, options) in enumerate(zip(ids[len(joined) :], choices, strict=True)):
         full = [next(rows) for _ in options]
-        starts = [min(_common(prompt, row), len(row) - 1) for row in full]
+        starts = [min(common_prefix(prompt, row), len(row) - 1) for row in full]
         shared = min(starts)
         if shared < 1:
             raise ValueError(
@@ -141,13 +155,6 @@ def _tokenize(
             _Question(index, full[0][:shared], [row[shared:] for row in full], [start - shared for start in starts])
         )
     return questions
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i in range(length) if a[i] != b[i])
 
 
 def _check_length(model: CausalLM, questions: Sequence[_Question]) -> None:
@@ -164,9 +171,7 @@ class _Scorer:
     def __init__(self, model: CausalLM, max_rows: int, bar: tqdm) -> None:
         self.model, self.max_rows, self.bar = model, max_rows, bar
         self.device = model_device(model)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        # Saves the vocabulary-sized matrix where no logits are needed. Nearly all models take it.
-        self.keeps_logits = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+        self.keeps_logits = keeps_logits(model)
 
     def run(self, questions: list[_Question]) -> Iterator[tuple[_Question, list[float]]]:
         if not questions:
@@ -176,7 +181,7 @@ class _Scorer:
             yield from self.whole(questions)
             return
         contexts = [question.context[:-1] for question in questions]  # a question keeps a token of its own
-        primer = _common(min(contexts), max(contexts))  # the first and last in order differ where any two do
+        primer = common_prefix(min(contexts), max(contexts))  # the first and last in order differ where any two do
         cache = None
         if primer:
             _, cache = self.extend(None, [contexts[0][:primer]])

@@ -54,7 +54,7 @@ def generate(
             )
             output: torch.Tensor = run(input_ids=batch, attention_mask=mask, generation_config=config)
             for index, tokens in zip(part, output[:, width:].tolist(), strict=True):
-                texts[index] = _continuation(tokenizer, ids[index], tokens)
+                texts[index] = continuation(tokenizer, ids[index], tokens)
             bar.update(len(part))
     return texts
 
@@ -69,7 +69,7 @@ def _plain_decoding(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int]) -> str:
     """Decoded together with the prompt: on their own, many tokenizers drop the first token's leading space, and the
     strict form of exact match turns on it."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tiny_models import char_tokenizer, tiny_llama
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from steerbook.data_builders.command import write
 from steerbook.data_builders.lofit import DATASETS, LofitDataArguments, build, resolved_loss
-from steerbook.data_builders.lofit.__main__ import main, write
-from steerbook.data_builders.lofit.plain_text import PARAGRAPHS
+from steerbook.data_builders.lofit.__main__ import main
 from steerbook.data_builders.lofit.splits import check_splits
+from steerbook.data_builders.plain_text import PARAGRAPHS
 from steerbook.data_builders.rows import RowError, fingerprint
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data"

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import steerbook.eval
 from steerbook.eval import figures
+from steerbook.eval.command import read_rows
 from steerbook.eval.generation import generate
 from steerbook.eval.lofit import __main__ as cli
 from steerbook.eval.lofit import evaluate, exact_match, head_overlap, multiple_choice, scores
-from steerbook.eval.lofit.__main__ import read_rows
 from steerbook.eval.lofit.figures import heads_map
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", " ", ":", "?", ".", "\n", "R"]

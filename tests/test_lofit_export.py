@@ -26,7 +26,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from steerbook.trainers.lofit import LofitConfig, export, export_merged
+from steerbook.trainers import export
+from steerbook.trainers.lofit import LofitConfig, export_merged
 
 EXACT = [name for name in ARCHITECTURES if name != "phi3"]
 

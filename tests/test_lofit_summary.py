@@ -2,7 +2,8 @@
 
 import pytest
 
-from steerbook.eval.lofit.summary import Results, claims, columns, comparisons, overlaps, screen_rows, table
+from steerbook.eval.lofit.summary import Results, claims, columns, comparisons, overlaps
+from steerbook.eval.results import screen_rows, table
 
 
 def samples(values, metric="mc1"):

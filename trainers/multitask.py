@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from .training import FiniteTrainer
+from .training import FiniteTrainer, HouseArguments
+
+
+@dataclass
+class MultiTaskConfig(HouseArguments, SFTConfig):  # type: ignore[misc]
+    """`SFTConfig` for `MultiTaskTrainer`."""
+
+    max_length: int | None = field(default=512, metadata={"help": "Longest sequence in tokens (TRL: 1024)."})
 
 
 class MultiTaskTrainer(FiniteTrainer, SFTTrainer):

@@ -18,9 +18,9 @@ Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report
 
 
 def run_seeds(
-    worker: Worker, argv: list[str], seeds: Sequence[int], steps: int, preload: list[str], parallel: bool
+    worker: Worker, argv: list[str], seeds: Sequence[int], steps: int | None, preload: list[str], parallel: bool
 ) -> None:
-    """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each.
+    """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each (None: unknown).
 
     Args:
         worker: a function of a module's top level (it is imported again in the other processes). It writes its
@@ -34,7 +34,7 @@ def run_seeds(
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not is_main_process()) as bar:
-        task = bar.add_task("", total=steps * len(seeds))
+        task = bar.add_task("", total=None if steps is None else steps * len(seeds))
 
         def report(seed: int, text: str) -> None:
             if is_main_process():

@@ -10,23 +10,20 @@ from `hidden_size` on purpose: code that confuses the two fails here, and not fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .cache import build_once
 from .training import NonFiniteError
 
 FORMAT = 1  # raise it when the same settings would give another model
@@ -98,30 +95,18 @@ def tiny_lm(
             f"the corpus needs documents that are not empty, got {len(corpus)} with empty ones among them"
         )
     settings = {"format": FORMAT, "seed": seed, **asdict(config), "focus": sorted(focus)}
-    key = hashlib.sha256(json.dumps([settings, list(corpus)], sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(cache_dir or os.environ.get("STEERBOOK_CACHE") or Path.home() / ".cache" / "steerbook")
-    folder, partial = cache / f"tiny-lm-{key}", cache / f".tiny-lm-{key}.partial"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".tiny-lm-{key}.lock"):
-        if folder.is_dir():  # another process built it while this one waited
-            return folder
-        shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
-        try:
-            tokenizer = build_tokenizer([*corpus, *focus], config.tokenizer)
-            weights = token_weights(tokenizer, focus, config.unfocused_weight)
-            model = new_model(tokenizer, config, seed)
-            losses = train(model, tokenizer, corpus, weights, config, seed, progress)
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            record = {**settings, "documents": len(corpus), "losses": losses}
-            (partial / "tiny_lm.json").write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return folder
+
+    def build(folder: Path) -> None:
+        tokenizer = build_tokenizer([*corpus, *focus], config.tokenizer)
+        weights = token_weights(tokenizer, focus, config.unfocused_weight)
+        model = new_model(tokenizer, config, seed)
+        losses = train(model, tokenizer, corpus, weights, config, seed, progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {**settings, "documents": len(corpus), "losses": losses}
+        (folder / "tiny_lm.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return build_once("tiny-lm", [settings, list(corpus)], build, cache_dir)
 
 
 def build_tokenizer(corpus: Iterable[str], kind: Literal["word", "byte"] = "word") -> PreTrainedTokenizerFast:

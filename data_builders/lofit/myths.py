@@ -160,8 +160,8 @@ def build(args: LofitDataArguments) -> DatasetDict:
     """
     from datasets import Dataset, DatasetDict
 
+    from ..splits import sample
     from . import resolved_loss
-    from .splits import sample
 
     for flag, value in {
         "pairs": args.pairs == "all",

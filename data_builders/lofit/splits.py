@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..reading import ENDINGS, folder_contents
-from ..rows import Row, RowChecker, read_hub, read_rows
-from .plain_text import PARAGRAPHS
+from ..rows import Row, read_hub, read_rows
+from ..splits import NAMES, check_disjoint, sample, text_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEV_SHARE = 0.2  # the paper's 80/20
-NAMES = {"train": "train", "training": "train", "test": "test"}
-NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "dev")
 
 
 @dataclass(frozen=True)
@@ -156,15 +154,6 @@ def _carve(questions: Sequence[Q], seed: int) -> tuple[list[Q], list[Q]]:
     return [q for q in questions if q.unit not in dev], [q for q in questions if q.unit in dev]
 
 
-def sample(questions: Sequence[Q], limit: int | None, seed: int) -> list[Q]:
-    """`random.Random(seed).sample`, in the order of the file; everything where the limit is None or not reached."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"a limit of {limit} rows leaves nothing; leave it out to take all rows")
-    if limit is None or limit >= len(questions):
-        return list(questions)
-    return [questions[index] for index in sorted(random.Random(seed).sample(range(len(questions)), limit))]
-
-
 def assemble(rows: Mapping[str, list[dict[str, Any]]], args: LofitDataArguments) -> DatasetDict:
     """The splits plus `text`, as one DatasetDict."""
     from datasets import Dataset, DatasetDict
@@ -173,29 +162,10 @@ def assemble(rows: Mapping[str, list[dict[str, Any]]], args: LofitDataArguments)
     return DatasetDict({split: Dataset.from_list(content) for split, content in splits.items()})
 
 
-def text_rows(path: str | None) -> list[dict[str, Any]]:
-    """Unrelated texts: {"id", "group", "text"}, from a file with a `text` column, or the built-in paragraphs."""
-    texts = list(PARAGRAPHS)
-    if path is not None:
-        source = read_rows(path, "text")
-        checker = RowChecker(source, {"text": ("text",)}, "collateral texts")
-        texts = [checker.text(row, "text") for row in source]
-        checker.finish()
-    return [{"id": f"text-{n:03}", "group": f"text-{n:03}", "text": text} for n, text in enumerate(texts)]
-
-
 def check_splits(data: Mapping[str, Dataset]) -> None:
     """Raises ValueError unless ids are unique in each split, and train and dev share no id, group or prompt with each
     other or with an evaluation split. dev and dev_eval hold the same questions; evaluation splits may share theirs."""
-    for split, rows in data.items():
-        if not len(rows):
-            raise ValueError(f"the split {split} is empty")
-        if len(set(rows["id"])) != len(rows):
-            raise ValueError(f"the split {split} has {len(rows)} rows but only {len(set(rows['id']))} ids")
     others = [split for split in data if split not in ("train", "dev", "text")]
     pairs = [("train", "dev")] + [("train", split) for split in others]
     pairs += [("dev", split) for split in others if split != "dev_eval"]
-    for one, other in pairs:
-        for column in ("id", "group", "prompt"):
-            if shared := sorted(set(data[one][column]) & set(data[other][column])):
-                raise ValueError(f"{one} and {other} share {len(shared)} {column}s, among them {shared[0]!r}")
+    check_disjoint(data, pairs)

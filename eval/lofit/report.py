@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,16 @@ import numpy as np
 from ...files import is_main_process
 from ..figures import bars, loss_curves
 from ..report import RunFolder, results_table, wide_console
+from ..results import Records, sample_lines, screen_rows, show_verdicts, table, training_curve
+from ..results import read_records as read_all
 from .figures import heads_map
-from .summary import NAMES, Results, claims, columns, comparisons, overlaps, screen_rows, table
-
-Records = dict[int, dict[str, dict[str, Any]]]
+from .summary import NAMES, Results, claims, columns, comparisons, overlaps
 
 
 def read_records(folder: Path, seeds: Sequence[int]) -> Records:
     """What `seed_*/*/measured.json` hold: `records[seed][arm]`, the arms in the table's order."""
-    records: Records = {}
-    for seed in seeds:
-        files = (folder / f"seed_{seed}").glob("*/measured.json")
-        found = [(file.parent.name, json.loads(file.read_text(encoding="utf-8"))) for file in files]
-        found.sort(key=lambda item: (list(NAMES).index(item[1]["name"]), -(item[1]["k"] or 0), item[1]["draw"]))
-        records[seed] = dict(found)
-    return records
+    names = list(NAMES)
+    return read_all(folder, seeds, lambda r: (names.index(r["name"]), -(r["k"] or 0), r["draw"]))
 
 
 def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
@@ -60,7 +55,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
         base_model=base_model,
         **({"adapter": f"seed_{results.seeds[0]}/lofit_k{ks[0]}"} if ("lofit", ks[0]) in results.arms else {}),
     )
-    run.samples(_samples(records))
+    run.samples(sample_lines(records))
 
     numbers = {name: {c.title: v[c.title] for c in shown[:3] if c.metric == shown[0].metric and c.title in v}
                for name, v in arms.items()}  # fmt: skip
@@ -75,7 +70,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
         title = f"Norm of the learned scales, seed {seed}"
         heads_map(grid, [tuple(head) for head in record["heads"]], run.figure(f"heads_seed_{seed}"), title=title)
         stage_1 = json.loads((selection / "finished.json").read_text())["log"]
-        curves = {"scales (stage 1)": _curve(stage_1), "offsets (stage 2)": _curve(record["log"])}
+        curves = {"scales (stage 1)": training_curve(stage_1), "offsets (stage 2)": training_curve(record["log"])}
         loss_curves(curves, run.figure(f"loss_seed_{seed}"), title=f"Training loss, seed {seed}")
     run.update()  # the card lists the figures
 
@@ -91,32 +86,9 @@ def show(run: RunFolder) -> None:
     note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
     results_table(lines, titles, f"Held-out questions, per cent, with 95 % intervals{note}")
     console = wide_console()
-    for claim in run.results.get("claims", []):
-        mark = "[green]supported    [/]" if claim["supported"] else "[red]not supported[/]"
-        console.print(f"{mark} {claim['claim']}: {claim['detail']}")
-    if not run.results.get("claims"):
-        console.print("Claims are judged from three seeds on: --seeds 0 1 2")
-    for other, test in run.results.get("metrics", {}).get("paired", {}).items():
-        console.print(
-            f"LoFiT less {other}: {100 * test['difference']:.1f} points [{100 * test['low']:.0f}, "
-            f"{100 * test['high']:.0f}], p = {test['p_value']:.3g} ({test['method']})"
-        )
+    show_verdicts(console, run.results, "LoFiT")
     for k, shared in run.results.get("metrics", {}).get("head_overlap", {}).items():
         console.print(
             f"Heads two selections on one base share, {k}: {shared['observed']:.1f} (chance {shared['chance']:.1f})"
         )
     console.print(f"Results, figures, samples and adapters: {run.path}")
-
-
-def _curve(log: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Logged losses; of a run too short to log any, its mean."""
-    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    return points or [(entry["step"], entry["train_loss"]) for entry in log if "train_loss" in entry]
-
-
-def _samples(records: Records) -> Iterator[dict[str, Any]]:
-    for seed, arms in records.items():
-        for arm, record in arms.items():
-            for split, samples in record["splits"].items():
-                for sample in samples:
-                    yield {"seed": seed, "arm": arm, "split": split, **sample}

@@ -12,17 +12,15 @@ Every row has an ``id``; ``group`` (default: the id) is the cluster of the boots
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..choices import CausalLM, choice_logprobs, encode, evaluating, model_device, right_padded, token_logprobs
+from ..choices import CausalLM, choice_logprobs
 from ..generation import generate
+from ..likelihood import perplexity, text_nats
 from ..statistics import Metric, metric
 
 Row = Mapping[str, Any]
@@ -188,27 +186,9 @@ def _exact_match(
 def _likelihood(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int, progress: bool
 ) -> list[dict[str, Any]]:
-    """The first token of a text (BOS, where there is one) is not scored: nothing stands before it."""
-    ids = encode(tokenizer, [row["text"] for row in rows])
-    for row, tokens in zip(rows, ids, strict=True):
-        if len(tokens) < 2:
-            raise ValueError(f"row {row['id']!r}: a text needs at least two tokens, got {row['text']!r}")
-    order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
-    nats = [0.0] * len(rows)
-    with evaluating(model), tqdm(total=len(rows), disable=not progress, desc="texts", unit="text") as bar:
-        for start in range(0, len(rows), batch_size):
-            part = order[start : start + batch_size]
-            batch = right_padded([ids[index] for index in part], model_device(model))
-            logprobs = token_logprobs(model(input_ids=batch[:, :-1], use_cache=False).logits, batch[:, 1:])
-            lengths = torch.tensor([len(ids[index]) - 1 for index in part], device=batch.device)
-            padding = torch.arange(batch.shape[1] - 1, device=batch.device) >= lengths[:, None]
-            sums = -logprobs.masked_fill(padding, 0.0).sum(1, dtype=torch.float64)
-            for index, value in zip(part, sums.tolist(), strict=True):
-                nats[index] = value
-            bar.update(len(part))
     return [
-        _sample(row) | {"tokens": len(tokens) - 1, "metrics": {"nats_per_token": value / (len(tokens) - 1)}}
-        for row, tokens, value in zip(rows, ids, nats, strict=True)
+        _sample(row) | {"tokens": tokens, "metrics": {"nats_per_token": nats / tokens}}
+        for row, (nats, tokens) in zip(rows, text_nats(model, tokenizer, rows, batch_size, progress), strict=True)
     ]
 
 
@@ -222,16 +202,8 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
         having = [sample for sample in samples if name in sample["metrics"]]
         values = [sample["metrics"][name] for sample in having]
         groups = [sample["group"] for sample in having]
-        if name != "nats_per_token":
+        if name == "nats_per_token":
+            metrics |= perplexity(values, [sample["tokens"] for sample in having], groups)
+        else:
             metrics[name] = metric(values, groups, share=True)
-            continue
-        nats = metric(values, groups, weights=[sample["tokens"] for sample in having])
-        metrics[name] = nats
-        low, high = nats["low"], nats["high"]
-        metrics["perplexity"] = {
-            "value": math.exp(nats["value"]),
-            "low": None if low is None else math.exp(low),
-            "high": None if high is None else math.exp(high),
-            "n": nats["n"],
-        }
     return metrics

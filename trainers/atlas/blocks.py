@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -27,8 +28,8 @@ def split_blocks(
             "module" (weight and bias of a module together), "layer" (a decoder layer together; what is outside of the
             layers by module), "fused_qkv" (as "tensor", with a layer's query, key and value weights together, and
             their biases), "isotropic" (all together).
-        include, exclude: regular expressions, searched in parameter names. `exclude=None` leaves out what
-            `default_exclude` names; `()` leaves out nothing.
+        include, exclude: regular expressions (one or several), searched in parameter names. `exclude=None` leaves out
+            what `default_exclude` names; `()` leaves out nothing.
 
     Raises:
         ValueError: an unknown kind of block, a pattern that matches nothing, or no parameter left.
@@ -36,11 +37,13 @@ def split_blocks(
     if blocks not in BLOCKS:
         raise ValueError(f"unknown blocks {blocks!r}; known: {', '.join(BLOCKS)}")
     wanted = set(names)
+    include, exclude = _patterns(include), None if exclude is None else _patterns(exclude)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in wanted}
     for pattern in (*include, *(exclude or ())):
         if not any(re.search(pattern, name) for name in parameters):
             raise ValueError(
-                f"the pattern {pattern!r} matches no parameter; they are called like {next(iter(parameters))}"
+                f"the pattern {pattern!r} matches no parameter that the task vectors change; they are called like "
+                f"{next(iter(parameters), 'nothing: there is none')}"
             )
     left_out = set(default_exclude(model)) if exclude is None else set()
     cut: dict[str, list[str]] = {}
@@ -64,11 +67,22 @@ def default_exclude(model: nn.Module) -> list[str]:
     if hasattr(model, "vision_model") and hasattr(model, "text_model"):  # CLIPModel and its kin
         image = ("vision_model.", "visual_projection.")
         return [name for name in by_identity.values() if not name.startswith(image)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads: Any = model  # transformers' models have these methods; other modules have no head to leave out
+    head = heads.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return []
-    modules = [head, model.get_input_embeddings()]
+    modules = [head, heads.get_input_embeddings()]
     return list(dict.fromkeys(by_identity[id(p)] for module in modules for p in module.parameters()))
+
+
+def _patterns(given: Sequence[str]) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+    return patterns
 
 
 def _block_of(name: str, blocks: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .blocks import split_blocks
 from .partition import partition_indices
-from .sources import Resident, Stream
-from .task_vector import Entry, TaskVector, matched
+from .sources import Resident, Stream, align
+from .task_vector import Entry, TaskVector
 
-TILE = 1 << 20  # elements of a piece where types are converted, partitions drawn or files read
+# Values (n vectors by the elements of a piece) that are read, converted and contracted at a time. On a CPU as much as
+# its cache holds: with 8 bf16 vectors, tiles of 2^23 take five times as long. Elsewhere 64 times as many, as starting
+# a kernel has a price.
+TILE = 1 << 20
+MARK = "_steerbook_composer"  # attribute of the parameters that a composer has in hand
 
 
 @dataclass
@@ -48,12 +53,14 @@ class Composer:
 
     Args:
         model: any module; parameters that are not composed are frozen.
-        task_vectors: `TaskVector`s (or plain mappings) over this model's parameter names, all over the same ones.
+        task_vectors: `TaskVector`s (or plain mappings) over this model's parameter names, all over the same ones;
+            only a vector that is all `LowRank` may lack some, which count as zero. Types may differ.
         blocks: what shares a coefficient, see `split_blocks`.
         include, exclude: patterns of parameter names; by default embeddings and head stay out, `exclude=()`: nothing.
-        dtype: type in which sums and contractions are computed, and of the coefficients; fp32 unless given.
+        dtype: type in which sums and contractions are computed, and of the coefficients; fp32 (fp64 for a model with
+            fp64 weights) unless given.
         placement: "resident" keeps the vectors beside the model; "stream" reads them tile by tile from `stream_file`,
-            a block-major file that is made once and reused as long as it holds the same vectors.
+            a block-major file that is made once and reused as long as it holds the same vectors. Same results.
         rounding: how sums become weights of a narrower type: "nearest", or "stochastic" (for bf16 weights in training:
             steps smaller than half a unit in the last place are else lost, spec 4.3).
         partitions: K > 1 gives every block K coefficients, for element groups drawn by a hash (paper: aTLAS x K).
@@ -64,7 +71,8 @@ class Composer:
         block_names: the m names.
 
     Raises:
-        ValueError: vectors of another base, missing or misshapen tensors, NaN, a zero vector, tied tensors that differ.
+        ValueError: vectors of another base, missing or misshapen tensors, NaN, a zero vector, tied tensors that
+            differ; a model that another composer has in hand; a stream file with other contents.
         OSError: no room for the stream file.
     """
 
@@ -94,19 +102,25 @@ class Composer:
             raise ValueError(f"unknown rounding {rounding!r}; known: nearest, stochastic")
         if partitions < 1:
             raise ValueError(f"partitions={partitions}: a block has at least one")
-        targets = check_vectors(vectors, model)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype}: composition is exact in torch.float32 or torch.float64 only")
+        if any(hasattr(parameter, MARK) for parameter in model.parameters()):
+            raise ValueError("another composer holds this model; call its remove() (or remove(keep=True)) first")
+        targets, vectors = align(vectors, model)
         cut = split_blocks(model, targets, blocks, include, exclude)
         self.model, self.block_names = model, list(cut)
-        self.dtype, self.rounding, self.partitions, self.seed = dtype or torch.float32, rounding, partitions, seed
+        self.rounding, self.partitions, self.seed = rounding, partitions, seed
         self.compositions = 0  # counts `compose`, so that stochastic rounding can be repeated
-        names = [name for members in cut.values() for name in members]
+        composed = {name: targets[name] for members in cut.values() for name in members}
+        first = next(iter(composed.values()))
+        self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
+        self._source: Resident | Stream
         if stream_file is None:
-            self._source: Resident | Stream = Resident(vectors, names, next(iter(targets.values())).device)
+            self._source = Resident(vectors, composed)
         else:
-            self._source = Stream(vectors, names, Path(stream_file))
+            self._source = Stream(vectors, list(composed), Path(stream_file))
         shape = (len(vectors), len(cut)) + ((partitions,) if partitions > 1 else ())
-        device = next(iter(targets.values())).device
-        self.coefficients = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=device))
+        self.coefficients = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=first.device))
         self._slots = [
             _Slot(name, number, targets[name], targets[name].detach().clone().reshape(-1))
             for number, members in enumerate(cut.values())
@@ -118,27 +132,29 @@ class Composer:
 
     @torch.no_grad()
     def compose(self) -> None:
-        """Write the weights that belong to the present coefficients into the model: summed in `dtype`, rounded once."""
+        """Write the weights of the present coefficients into the model: summed in `dtype`, rounded once."""
         self.compositions += 1
-        for number, slot in enumerate(self._slots):
+        for slot in self._slots:
             weights = _local(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
             for start, stop in self._tiles(slot):
-                value = slot.base[start:stop].to(self.dtype) + self._sum(slot, start, stop)
+                base = slot.base[start:stop].to(weights.device, self.dtype)
+                value = base + self._sum(slot, start, stop, weights.device)
                 if self.rounding == "stochastic" and weights.dtype == torch.bfloat16:
-                    value = _stochastic(value, (self.seed, self.compositions, number, start))
+                    place = f"{self.seed} {self.compositions} {slot.name} {slot.start + start}"
+                    value = _stochastic(value, crc32(place.encode()))
                 weights[start:stop] = value
 
     def remove(self, keep: bool = False) -> None:
-        """Take the hooks off; the model is the base again, or with `keep` stays as composed."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Take the hooks off; the model is the base again, or with `keep` stays as composed. Once is enough."""
+        if not self._hooks:
+            return
+        self._detach()
         if not keep:
             with torch.no_grad():
                 for slot in self._slots:
                     _local(slot.parameter).reshape(-1).copy_(slot.base)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._trained[name])
+            parameter.requires_grad_(self._trained[_plain(name)])
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -152,6 +168,35 @@ class Composer:
         if not self.sharded:
             self.coefficients.grad /= dist.get_world_size()
 
+    @torch.no_grad()
+    def expansion(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of every composed parameter, by name: its value at the base, and `sum_i coefficients[i, j] * vector_i,j`.
+
+        Raises:
+            ValueError: the weights are split over processes.
+        """
+        if self.sharded:
+            raise ValueError("the weights are split over processes; their expansion needs whole ones")
+        values, directions = {}, {}
+        for slot in self._slots:
+            shape, device = slot.parameter.shape, slot.parameter.device
+            values[slot.name] = slot.base.reshape(shape)
+            pieces = [self._sum(slot, start, stop, device) for start, stop in self._tiles(slot)]
+            directions[slot.name] = torch.cat(pieces).to(slot.base.dtype).reshape(shape)
+        return values, directions
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Of every composed parameter: elements that this process holds, bytes of a weight and of a vector's value."""
+        return [
+            (slot.base.numel(), slot.base.dtype.itemsize, self._source.dtype(slot.name).itemsize)
+            for slot in self._slots
+        ]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the vectors are read from a file."""
+        return isinstance(self._source, Stream)
+
     @property
     def sharded(self) -> bool:
         """Whether the weights are split over processes (FSDP2)."""
@@ -164,10 +209,8 @@ class Composer:
         Raises:
             ValueError: sharded along another dimension than the first.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        parameters = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+        self._detach()
+        parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
         for slot in self._slots:
             slot.parameter = parameters[slot.name]
             if isinstance(slot.parameter, DTensor):
@@ -184,12 +227,21 @@ class Composer:
         for slot in self._slots:
             if not _local(slot.parameter).is_contiguous():
                 slot.parameter.data = slot.parameter.data.contiguous()
-            hook = slot.parameter.register_post_accumulate_grad_hook(self._contract(slot))
-            self._hooks.append(hook)
+            slot.parameter.grad = None  # one from before would be added to the first
+            setattr(slot.parameter, MARK, True)
+            self._hooks.append(slot.parameter.register_post_accumulate_grad_hook(self._contract(slot)))
 
-    def _contract(self, slot: _Slot):  # type: ignore[no-untyped-def]
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for slot in self._slots:
+            if hasattr(slot.parameter, MARK):
+                delattr(slot.parameter, MARK)
+
+    def _contract(self, slot: _Slot) -> Callable[[Tensor], None]:
         @torch.no_grad()
-        def hook(parameter: nn.Parameter) -> None:
+        def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradient = _local(parameter.grad).reshape(-1)
             if self.coefficients.grad is None:
@@ -199,45 +251,37 @@ class Composer:
                 piece = gradient[start:stop].to(self.dtype)
                 stack = self._source.read(slot.name, start, stop).to(gradient.device, self.dtype)
                 if self.partitions == 1:
-                    column += stack @ piece
+                    part = stack @ piece
                 else:
-                    groups = self._groups(slot, start, stop)
-                    column.index_add_(1, groups, stack * piece)
+                    part = stack.new_zeros(len(stack), self.partitions)
+                    part.index_add_(1, self._groups(slot, start, stop, gradient.device), stack * piece)
+                column += part.to(column.device)
             parameter.grad = None
 
         return hook
 
-    def _sum(self, slot: _Slot, start: int, stop: int) -> Tensor:
-        stack = self._source.read(slot.name, start, stop).to(self.coefficients.device, self.dtype)
-        weights = self.coefficients[:, slot.block]
+    def _sum(self, slot: _Slot, start: int, stop: int, device: torch.device) -> Tensor:
+        stack = self._source.read(slot.name, start, stop).to(device, self.dtype)
+        weights = self.coefficients[:, slot.block].to(device)
         if self.partitions == 1:
             return weights @ stack
-        return (weights[:, self._groups(slot, start, stop)] * stack).sum(0)
+        return (weights[:, self._groups(slot, start, stop, device)] * stack).sum(0)
 
-    def _groups(self, slot: _Slot, start: int, stop: int) -> Tensor:
+    def _groups(self, slot: _Slot, start: int, stop: int, device: torch.device) -> Tensor:
         place = slice(slot.start + start, slot.start + stop)
-        return partition_indices(self.seed, slot.name, place, self.partitions).to(self.coefficients.device)
+        return partition_indices(self.seed, slot.name, place, self.partitions, device)
 
     def _tiles(self, slot: _Slot) -> Iterator[tuple[int, int]]:
-        size = slot.base.numel()
-        whole = self.partitions == 1 and self._source.whole(slot.name, self.dtype)
-        step = max(1, size) if whole else TILE
+        """Pieces that need the same memory for any number of vectors, and are the same for every placement."""
+        values = TILE if slot.parameter.device.type == "cpu" else 64 * TILE
+        size, step = slot.base.numel(), max(1, values // len(self.coefficients))
         for start in range(0, size, step):
             yield start, min(size, start + step)
 
 
-def check_vectors(vectors: Sequence[TaskVector], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that all vectors change, by name; ValueError where they do not fit the model or one another."""
-    first = matched(vectors[0], model)
-    for number, vector in enumerate(vectors[1:], 2):
-        other = matched(vector, model)
-        if other.keys() != first.keys():
-            missing = sorted(first.keys() ^ other.keys())
-            raise ValueError(
-                f"task vectors 1 ({vectors[0].source}) and {number} ({vector.source}) change different tensors: only "
-                f"one has {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            )
-    return first
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers (activation checkpointing, torch.compile) put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -256,9 +300,9 @@ def _shard(name: str, parameter: DTensor) -> tuple[int, int]:
     return start, start + torch.Size(shape).numel()
 
 
-def _stochastic(value: Tensor, key: tuple[int, ...]) -> Tensor:
+def _stochastic(value: Tensor, seed: int) -> Tensor:
     """fp32 to bf16, up or down with probabilities that make the mean exact: random bits below the kept ones."""
-    generator = torch.Generator(value.device).manual_seed(hash(key) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator = torch.Generator(value.device).manual_seed(seed)  # of which the CPU's uses 32 bits
     bits = value.float().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=value.device, generator=generator)
     return ((bits + noise) & -65536).view(torch.float32).to(torch.bfloat16)

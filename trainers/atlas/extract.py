@@ -8,23 +8,29 @@ writes OUT, one safetensors file. Tensors are read one at a time; no model is lo
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ...console import clear_errors
-from ..fingerprint import tensors_fingerprint
-from .task_vector import Entry, LazyTensors, LowRank, TaskVector, check_same, difference
+from .entries import LazyTensors, LowRank
+from .matching import check_same, listed
+from .model_files import Checkpoint, open_safetensors, read_json, read_tensor
+from .task_vector import TaskVector, difference
+
+# Settings with which an adapter is more than `scale * b @ a` on some weights, or not on this base.
+NOT_PLAIN = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config",
+)  # fmt: skip
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # initialisations that take a part out of the weights
 
 
 def task_vector(
@@ -41,12 +47,15 @@ def task_vector(
 
     Raises:
         ValueError: not a model of the same architecture, missing or misshapen tensors, an adapter that is not a plain
-            LoRA or was made for another base; the names are listed.
+            LoRA or was made for other shapes, a saved vector of another base; the names are listed.
         OSError: no such folder or Hub id, no safetensors weights, a corrupt file (named).
     """
-    if tuned.endswith(".safetensors"):
-        return TaskVector.load(tuned)
     before = Checkpoint(folder_of(base, base_revision))
+    if tuned.endswith(".safetensors"):
+        vector = TaskVector.load(tuned)
+        if vector.base not in (None, before.fingerprint()):
+            raise ValueError(f"{tuned} was made from the base {vector.base}, but {base} is {before.fingerprint()}")
+        return vector
     folder = folder_of(tuned, revision)
     if (folder / "adapter_config.json").is_file():
         return from_adapter(before, folder, tuned)
@@ -72,47 +81,7 @@ def folder_of(name: str, revision: str | None = None) -> Path:
         raise OSError(f"{name}: neither a folder nor to be had from the Hub ({reason})") from error
 
 
-class Checkpoint(LazyTensors):
-    """A model's floating-point parameters by `named_parameters()` name, read from its safetensors files when asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no config.json; give the folder of a model")
-        self.config = AutoConfig.from_pretrained(folder)
-        files = _files(folder)
-        model = _empty_model(self.config)
-        self._places: dict[str, tuple[Path, str]] = {}
-        self.shapes = {}
-        missing = []
-        for names, parameter in _named(model):
-            key = next((key for name in names for key in _keys(name, model.base_model_prefix) if key in files), None)
-            if key is None:
-                missing.append(names[0])
-                continue
-            self._places[names[0]] = (files[key], key)
-            self.shapes[names[0]] = parameter.shape
-        if missing:
-            raise ValueError(
-                f"{folder} lacks {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if missing[5:] else "")
-                + ": its files do not hold this model's tensors by name; load both models and use "
-                "TaskVector.from_state_dicts"
-            )  # fmt: skip
-        for name, (file, key) in self._places.items():
-            with _open(file) as content:
-                self.shapes[name] = torch.Size(content.get_slice(key).get_shape())
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, key = self._places[name]
-        with _open(file) as content:
-            return content.get_tensor(key)
-
-    def fingerprint(self) -> str:
-        """`model_fingerprint` of the model, without loading it."""
-        return tensors_fingerprint(self)
-
-
-class _Difference(LazyTensors):
+class _Difference(LazyTensors[Tensor]):
     def __init__(self, base: Checkpoint, tuned: Checkpoint, dtype: torch.dtype | None) -> None:
         self.base, self.tuned, self.dtype = base, tuned, dtype
         self.shapes = tuned.shapes
@@ -121,14 +90,15 @@ class _Difference(LazyTensors):
         return difference(self.base[name], self.tuned[name], self.dtype)
 
 
-class _Factors(LazyTensors):
-    def __init__(self, file: Path, targets: Mapping[str, tuple[str, str, float, bool]], shapes: dict) -> None:
-        self.file, self.targets, self.shapes = file, targets, shapes
+class _Factors(LazyTensors[LowRank]):
+    def __init__(
+        self, file: Path, targets: Mapping[str, tuple[str, str, float, bool]], shapes: dict[str, torch.Size]
+    ) -> None:
+        self.file, self.targets, self.shapes, self.low_rank = file, targets, shapes, frozenset(shapes)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> LowRank:
         a, b, scale, transposed = self.targets[name]
-        with _open(self.file) as content:
-            left, right = content.get_tensor(a), content.get_tensor(b)
+        left, right = read_tensor(self.file, a), read_tensor(self.file, b)
         return LowRank(right.T, left.T, scale) if transposed else LowRank(left, right, scale)
 
 
@@ -138,27 +108,22 @@ def from_adapter(base: Checkpoint, folder: Path, source: str = "") -> TaskVector
     Raises:
         ValueError: not a plain LoRA (DoRA, trained biases, `modules_to_save`), or made for other shapes.
     """
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = read_json(folder / "adapter_config.json")
     source = source or str(folder)
-    odd = {
-        "peft_type": settings.get("peft_type") != "LORA",
-        "use_dora": settings.get("use_dora"),
-        "bias": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
-        "modules_to_save": settings.get("modules_to_save"),
-        "trainable_token_indices": settings.get("trainable_token_indices"),
-    }
-    if any(odd.values()):
-        found = ", ".join(f"{name}={settings.get(name)!r}" for name, is_odd in odd.items() if is_odd)
+    odd = [name for name in NOT_PLAIN if settings.get(name)]
+    odd += ["peft_type"] * (settings.get("peft_type") != "LORA") + ["bias"] * (settings.get("bias", "none") != "none")
+    odd += ["init_lora_weights"] * str(settings.get("init_lora_weights")).startswith(CHANGES_BASE)
+    if odd:
+        found = ", ".join(f"{name}={settings.get(name)!r}" for name in odd)
         raise ValueError(f"{source} is not a plain LoRA adapter ({found}); merge it into its base and give that model")
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{source} has no adapter_model.safetensors")
-    with _open(file) as content:
+    with open_safetensors(file) as content:
         sizes = {key: torch.Size(content.get_slice(key).get_shape()) for key in content.keys()}
+    modules = dict(base.model.named_modules())
     targets, shapes = {}, {}
-    for key in sizes:
-        if not key.endswith(".lora_A.weight"):
-            continue
+    for key in sorted(key for key in sizes if key.endswith(".lora_A.weight")):
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         name, other = f"{module}.weight", key.replace(".lora_A.", ".lora_B.")
         if name not in base.shapes or other not in sizes:
@@ -167,67 +132,21 @@ def from_adapter(base: Checkpoint, folder: Path, source: str = "") -> TaskVector
         alpha = _pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         shape = torch.Size((sizes[other][0], sizes[key][1]))
-        transposed = bool(settings.get("fan_in_fan_out"))
-        shapes[name] = shape[::-1] if transposed else shape
+        # As PEFT, which overrules `fan_in_fan_out` where it does not fit the layer.
+        transposed = isinstance(modules[module], Conv1D)
+        shapes[name] = torch.Size(reversed(shape)) if transposed else shape
         targets[name] = (key, other, scale, transposed)
-    unknown = sorted(key for key in sizes if ".lora_A.weight" not in key and ".lora_B.weight" not in key)
+    unknown = sorted(key for key in sizes if not key.endswith((".lora_A.weight", ".lora_B.weight")))
     if unknown or not targets:
-        raise ValueError(f"{source} holds {', '.join(unknown[:5]) or 'no LoRA matrices'}, not just LoRA matrices")
+        raise ValueError(f"{source} holds {listed(unknown) or 'no LoRA matrices'}, not just LoRA matrices")
     check_same({name: base.shapes[name] for name in shapes}, shapes, base.folder.name, source)
     return TaskVector(_Factors(file, targets, shapes), base=base.fingerprint(), source=source)
 
 
 def _pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    """PEFT's `alpha_pattern`: the value of the first key that the module's name ends in."""
-    return next((value for key, value in (pattern or {}).items() if f".{module}".endswith(f".{key}")), default)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = json.loads(index.read_text())["weight_map"]
-        absent = sorted({file for file in named.values() if not (folder / file).is_file()})
-        if absent:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which its index names")
-        return {key: folder / file for key, file in named.items()}
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no model.safetensors (only safetensors weights are read)")
-    with _open(file) as content:
-        return dict.fromkeys(content.keys(), file)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from error
-
-
-def _empty_model(config: PreTrainedConfig) -> Any:
-    """The model's structure without memory."""
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        raise ValueError(f"config.json names the architecture {names}, which transformers does not have")
-    with torch.device("meta"):
-        model = kind(config)
-        model.tie_weights()
-    return model
-
-
-def _named(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-    """Each parameter once, with all names that tied ones have, the one of `named_parameters()` first."""
-    names: dict[int, tuple[list[str], nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(names.values())
-
-
-def _keys(name: str, prefix: str) -> list[str]:
-    """How checkpoint files may call a parameter: with or without the base model's prefix."""
-    return [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+    """PEFT's `alpha_pattern`: the value of the first key, a regular expression, that ends the module's name."""
+    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matching, default)
 
 
 def main(argv: list[str]) -> None:
@@ -254,7 +173,8 @@ def main(argv: list[str]) -> None:
             dtype=dtypes[options.dtype],
         )  # fmt: skip
         vector.save(options.out)
-        print(f"{options.out}: {len(vector)} tensors, norm {vector.norm():.4g}, base {vector.base}")
+        norm = TaskVector.load(options.out).norm()
+        print(f"{options.out}: {len(vector)} tensors, norm {norm:.4g}, base {vector.base}")
 
 
 if __name__ == "__main__":

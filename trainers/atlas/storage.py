@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import mmap
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -20,26 +20,26 @@ TYPES = {
 }  # fmt: skip
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a (lazy) mapping of tensors with `about` in the header. The file appears whole or not at all.
-
-    Raises:
-        OSError: no room for it; said before anything is written.
-    """
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_blocks(path, shapes, lambda name, write: write(tensors[name]), about)
-
-
 def write_blocks(
     path: Path,
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     fill: Callable[[str, Callable[[Tensor], None]], None],
     about: Mapping[str, str],
 ) -> None:
-    """Write tensors of known type and shape; `fill(name, write)` hands over each one's values, in pieces, in order."""
+    """Write tensors of known type and shape, with `about` in the header. The file appears whole or not at all.
+
+    Args:
+        fill: called with a name and a function `write`, to which it hands that tensor's values in pieces, in order.
+
+    Raises:
+        OSError: no room for it, said before anything is written; or the disk filled up meanwhile.
+        ValueError: a type that files cannot hold, or more or fewer values than the shape says.
+    """
     header: dict[str, object] = {"__metadata__": dict(about)}
     place = 0
     for name, (dtype, shape) in shapes.items():
+        if dtype not in TYPES:
+            raise ValueError(f"{name} is of type {dtype}; only {', '.join(TYPES.values())} can be written")
         end = place + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
@@ -69,32 +69,57 @@ def write_blocks(
 
 
 class TileReader:
-    """Parts of the tensors of one safetensors file, from a memory map whose pages are given back after each read."""
+    """Parts of the tensors of one file that `write_blocks` made.
+
+    Plain reads into the tile, not a memory map: the pages of a map count as this process's memory, and the kernel maps
+    more of them around each read than one would give back.
+
+    Raises:
+        ValueError: not a safetensors file, or cut short.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        size = path.stat().st_size
+        types = {name: dtype for dtype, name in TYPES.items()}
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.about: dict[str, str] = header.pop("__metadata__", {})
-        types = {name: dtype for dtype, name in TYPES.items()}
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        self._types = {name: types[entry["dtype"]] for name, entry in header.items()}
-        self._starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+            try:
+                if length + 8 > size:
+                    raise ValueError("cut short")
+                header = json.loads(file.read(length))
+                self.about: dict[str, str] = header.pop("__metadata__", {})
+                self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+                self.dtypes = {name: types[entry["dtype"]] for name, entry in header.items()}
+                self._starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+                if size != max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0):
+                    raise ValueError("cut short")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"{path} is not a whole file of task vectors ({type(error).__name__}: {error}); remove it or name "
+                    "another"
+                ) from error
+        self._file = open(path, "rb", buffering=0)
+        self._lock = Lock()  # a model on several devices runs its backward pass in several threads
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Columns `start:stop` of the tensor [n, d], as a tensor of its own [n, stop - start]."""
         rows, width = self.shapes[name]
-        dtype = self._types[name]
+        dtype = self.dtypes[name]
         tile = torch.empty(rows, stop - start, dtype=dtype)
         for row in range(rows):
-            place = self._starts[name] + (row * width + start) * dtype.itemsize
-            end = place + (stop - start) * dtype.itemsize
-            tile[row].view(torch.uint8).numpy()[:] = memoryview(self._map)[place:end]
-            first = place - place % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+            self._fill(tile[row], self._starts[name] + (row * width + start) * dtype.itemsize)
         return tile
 
+    def _fill(self, tensor: Tensor, place: int) -> None:
+        rest = tensor.view(torch.uint8).numpy().data
+        with self._lock:
+            self._file.seek(place)
+            while len(rest):
+                count = self._file.readinto(rest)
+                if not count:
+                    raise OSError(f"{self.path} has become shorter since it was opened")
+                rest = rest[count:]
+
     def close(self) -> None:
-        self._map.close()
+        self._file.close()

@@ -3,65 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..fingerprint import model_fingerprint
-from .storage import write_safetensors
+from .entries import Entry, LazyTensors, LowRank, dense, plus, times
+from .matching import check_same, listed, matched
+from .storage import write_blocks
 
 FORMAT = "steerbook task vector 1"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The matrix `scale * b @ a`, kept as factors: `a` [rank, columns], `b` [rows, rank]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float = 1.0
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.b.shape[0], self.a.shape[1]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.b.dtype
-
-    def dense(self) -> Tensor:
-        """The product [rows, columns], computed in fp32 (fp64 for fp64 factors)."""
-        wide = torch.promote_types(self.b.dtype, torch.float32)
-        return self.scale * (self.b.to(wide) @ self.a.to(wide))
-
-    def dot(self, other: LowRank) -> float:
-        """Inner product of the two matrices without either: sum((b.T @ b') * (a @ a'.T))."""
-        b = self.b.double().T @ other.b.double()
-        a = self.a.double() @ other.a.double().T
-        return self.scale * other.scale * float((a * b).sum())
-
-    def plus(self, other: LowRank) -> LowRank:
-        """The sum of the two matrices: the ranks add up."""
-        return LowRank(torch.cat([self.a, other.a]), torch.cat([self.scale * self.b, other.scale * other.b], dim=1))
-
-
-Entry = Tensor | LowRank
-
-
-class LazyTensors(Mapping[str, Entry]):
-    """Entries that are read when asked for; `shapes` is known before."""
-
-    shapes: dict[str, torch.Size]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+# The neighbours' names are part of this module.
+__all__ = ["Entry", "LazyTensors", "LowRank", "TaskVector", "check_same", "difference", "matched"]
 
 
 class TaskVector(Mapping[str, Entry]):
@@ -87,6 +42,9 @@ class TaskVector(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
 
     def __repr__(self) -> str:
         return f"TaskVector({len(self)} tensors, base={self.base}, source={self.source!r})"
@@ -118,17 +76,36 @@ class TaskVector(Mapping[str, Entry]):
         return cls(tensors, base=tensors.about["base"], source=tensors.about["source"])
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all, with base fingerprint, dtypes and source in its header."""
-        parts: dict[str, Tensor | None] = {}
+        """Write one safetensors file, whole or not at all, with base fingerprint, dtypes and source in its header.
+
+        Lazy entries are read twice, once to check them and once to write them, one at a time.
+
+        Raises:
+            ValueError: a tensor holds NaN or infinity, or all are zero; nothing was written.
+            OSError: no room for the file.
+        """
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         scales = {}
-        for name, entry in self.items():
+        changed = False
+        for name in self:
+            entry = self[name]
+            parts = {f"{name}::a": entry.a, f"{name}::b": entry.b} if isinstance(entry, LowRank) else {name: entry}
             if isinstance(entry, LowRank):
-                parts |= {f"{name}::a": entry.a, f"{name}::b": entry.b}
                 scales[name] = entry.scale
-            else:
-                parts[name] = entry
+            for key, tensor in parts.items():
+                refuse_non_finite(tensor, f"the task vector {self.source}: {name}")
+                layout[key] = (tensor.dtype, tuple(tensor.shape))
+            changed |= all(bool(tensor.any()) for tensor in parts.values())
+            del entry, parts, tensor  # before the next one is read
+        if not changed:
+            raise ValueError(f"the task vector {self.source} is zero everywhere: base and tuned model are the same")
+
+        def fill(key: str, write: Callable[[Tensor], None]) -> None:
+            name, _, part = key.partition("::")
+            write(getattr(self[name], part) if part else self.dense(name))
+
         about = {"base": self.base, "source": self.source, "scales": scales}
-        write_safetensors(Path(path), parts, {"format": FORMAT, "about": json.dumps(about)})
+        write_blocks(Path(path), layout, fill, {"format": FORMAT, "about": json.dumps(about)})
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -137,10 +114,16 @@ class TaskVector(Mapping[str, Entry]):
             return self.tensors.shapes
         return {name: torch.Size(entry.shape) for name, entry in self.items()}
 
+    @property
+    def low_rank(self) -> frozenset[str]:
+        """Names of the entries that are factors, without reading what is read lazily."""
+        if isinstance(self.tensors, LazyTensors):
+            return self.tensors.low_rank
+        return frozenset(name for name, entry in self.items() if isinstance(entry, LowRank))
+
     def dense(self, name: str) -> Tensor:
         """One entry as a tensor; a low-rank one is multiplied out."""
-        entry = self[name]
-        return entry.dense() if isinstance(entry, LowRank) else entry
+        return dense(self[name])
 
     def __mul__(self, factor: float) -> TaskVector:
         return _combine(self, factor, None, 0.0)
@@ -159,17 +142,14 @@ class TaskVector(Mapping[str, Entry]):
     def dot(self, other: TaskVector) -> float:
         """Inner product over the entries both have, summed in fp64."""
         total = 0.0
-        for name in self.keys() & other.keys():
-            mine, theirs = self[name], other[name]
-            if isinstance(mine, LowRank) and isinstance(theirs, LowRank):
-                total += mine.dot(theirs)
-            else:
-                total += float(self.dense(name).double().flatten() @ other.dense(name).double().flatten())
+        for name in self:
+            if name in other:
+                total += _dot(self[name], other[name])
         return total
 
     def norm(self) -> float:
         """Euclidean norm over all entries."""
-        return self.dot(self) ** 0.5
+        return sum(_square(self[name]) for name in self) ** 0.5
 
     def cosine(self, other: TaskVector) -> float:
         """Cosine of the angle between two vectors; ValueError if one is zero."""
@@ -187,8 +167,7 @@ class TaskVector(Mapping[str, Entry]):
         """
         for name, parameter in matched(self, model).items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            delta = self.dense(name).to(parameter.device, wide)
-            parameter.copy_(parameter.to(wide) + scale * delta)
+            parameter.copy_(parameter.to(wide) + scale * self.dense(name).to(parameter.device, wide))
         return model
 
 
@@ -198,58 +177,21 @@ def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype | None = None) ->
     return (tuned.to(wide) - base.to(wide)).to(dtype or tuned.dtype)
 
 
-def matched(vector: TaskVector, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's parameters that the vector changes, by the vector's names; tied ones once.
-
-    Raises:
-        ValueError: another base, names the model does not have, other shapes, or tied tensors that differ; with lists.
-    """
-    if vector.base is not None and vector.base != (found := model_fingerprint(model)):
-        raise ValueError(
-            f"the task vector {vector.source or vector!r} was made from the base {vector.base}, but this model is "
-            f"{found}; extract it again from the checkpoint that was fine-tuned and this base"
-        )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = vector.keys() - {name for name, _ in model.named_buffers()}
-    wanted = {name: vector.shapes[name] for name in sorted(names)}
-    there = {name: parameters[name].shape for name in wanted if name in parameters}
-    check_same(there, wanted, "the model", vector.source or "the task vector")
-    found_parameters: dict[str, nn.Parameter] = {}
-    first: dict[int, str] = {}
-    for name in wanted:
-        parameter = parameters[name]
-        twin = first.setdefault(id(parameter), name)
-        if twin == name:
-            found_parameters[name] = parameter
-        elif not torch.equal(vector.dense(twin), vector.dense(name)):
-            raise ValueError(
-                f"{twin} and {name} are one tensor in this model, but the task vector changes them differently: it "
-                "comes from a model in which they are not tied"
-            )
-    return found_parameters
+def refuse_non_finite(tensor: Tensor, what: str) -> None:
+    """ValueError if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(f"{what} holds {bad} NaN or infinite values")
 
 
-def check_same(left: Mapping[str, torch.Size], right: Mapping[str, torch.Size], one: str, other: str) -> None:
-    """ValueError that lists (the first five of each) missing names and differing shapes of two sets of tensors."""
-    lines = []
-    for missing, owner in ((sorted(right.keys() - left.keys()), one), (sorted(left.keys() - right.keys()), other)):
-        if missing:
-            lines.append(f"{owner} has no {_listed(missing)}")
-    shapes = [
-        f"{name} {list(left[name])} and {list(right[name])}"
-        for name in sorted(left.keys() & right.keys())
-        if left[name] != right[name]
-    ]
-    if shapes:
-        lines.append(f"shapes differ ({one}, {other}): {_listed(shapes)}")
-        if any("embed" in line or "lm_head" in line or "wte" in line for line in shapes):
-            lines.append("the vocabularies differ: give both models the same one, or leave these tensors out")
-    if lines:
-        raise ValueError("; ".join(lines))
+def _dot(one: Entry, other: Entry) -> float:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return one.dot(other)
+    return float(dense(one).double().flatten() @ dense(other).double().flatten())
 
 
-def _listed(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+def _square(entry: Entry) -> float:
+    return max(0.0, _dot(entry, entry))  # factors that cancel may come out below zero by rounding
 
 
 def _combine(one: TaskVector, weight: float, other: TaskVector | None, other_weight: float) -> TaskVector:
@@ -261,27 +203,33 @@ def _combine(one: TaskVector, weight: float, other: TaskVector | None, other_wei
     return TaskVector(tensors, base=one.base or other.base, source=f"{one.source} and {other.source}")
 
 
-class _Combination(LazyTensors):
+class _Combination(LazyTensors[Entry]):
     """A weighted sum, computed tensor by tensor. Only low-rank entries may be in one vector alone (absent is zero)."""
 
     def __init__(self, *parts: tuple[TaskVector, float]) -> None:
         self.parts = parts
         everywhere = [vector.shapes for vector, _ in parts]
-        self.shapes = {name: size for shapes in everywhere for name, size in shapes.items()}
+        factors = [vector.low_rank for vector, _ in parts]
+        self.shapes = {name: shape for shapes in everywhere for name, shape in shapes.items()}
+        dense_somewhere = {
+            name for shapes, low in zip(everywhere, factors, strict=True) for name in shapes if name not in low
+        }
+        self.low_rank = frozenset(self.shapes) - dense_somewhere
         alone = [name for name in self.shapes if not all(name in shapes for shapes in everywhere)]
-        owners = {name: next(vector for vector, _ in parts if name in vector) for name in alone}
-        dense = [name for name, vector in owners.items() if not isinstance(vector[name], LowRank)]
-        if dense:
-            raise ValueError(f"only one of two task vectors has {_listed(dense)}; they cannot be combined")
+        if refused := [name for name in alone if name in dense_somewhere]:
+            raise ValueError(f"only one of two task vectors has {listed(refused)}; they cannot be combined")
+        for shapes in everywhere:
+            common = {name: self.shapes[name] for name in shapes}
+            check_same(common, shapes, "one task vector", "the other")
 
     def __getitem__(self, name: str) -> Entry:
-        terms = [_times(vector[name], weight) for vector, weight in self.parts if name in vector]
+        terms = [times(vector[name], weight) for vector, weight in self.parts if name in vector]
         if not terms:
             raise KeyError(name)
-        return terms[0] if len(terms) == 1 else _plus(name, *terms)
+        return terms[0] if len(terms) == 1 else plus(*terms)
 
 
-class _Saved(LazyTensors):
+class _Saved(LazyTensors[Entry]):
     """The entries of a file that `TaskVector.save` wrote."""
 
     def __init__(self, path: Path) -> None:
@@ -293,26 +241,16 @@ class _Saved(LazyTensors):
             self.about = json.loads(header["about"])
             sizes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
         scales = self.about["scales"]
+        self.low_rank = frozenset(scales)
         self.shapes = {name: size for name, size in sizes.items() if "::" not in name}
         self.shapes |= {name: torch.Size((sizes[f"{name}::b"][0], sizes[f"{name}::a"][1])) for name in scales}
 
     def __getitem__(self, name: str) -> Entry:
+        if name not in self.shapes:
+            raise KeyError(name)
         with safe_open(self.path, framework="pt") as file:
-            if name in self.about["scales"]:
+            if name in self.low_rank:
                 return LowRank(
                     file.get_tensor(f"{name}::a"), file.get_tensor(f"{name}::b"), self.about["scales"][name]
                 )
             return file.get_tensor(name)
-
-
-def _times(entry: Entry, weight: float) -> Entry:
-    return replace(entry, scale=weight * entry.scale) if isinstance(entry, LowRank) else weight * entry
-
-
-def _plus(name: str, one: Entry, other: Entry) -> Entry:
-    if one.shape != other.shape:
-        raise ValueError(f"{name} has the shapes {list(one.shape)} and {list(other.shape)} in the two vectors")
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return one.plus(other)
-    left, right = (entry.dense() if isinstance(entry, LowRank) else entry for entry in (one, other))
-    return left + right

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -49,7 +50,8 @@ class AtlasConfig(HouseArguments, SFTConfig):  # type: ignore[misc]
         default=None, metadata={"help": "Negation: tasks whose loss is raised while that of the others is kept low."}
     )
     forget_cap: float | None = field(
-        default=None, metadata={"help": "Nats per token beyond which nothing more is forgotten; unset: the paper's -CE."}
+        default=None,
+        metadata={"help": "Nats per token beyond which nothing more is forgotten; unset: the paper's -CE."},
     )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the mean loss of the tasks to keep."})
     entropy_below: float | None = field(
@@ -73,8 +75,8 @@ class AtlasConfig(HouseArguments, SFTConfig):  # type: ignore[misc]
 class AtlasTrainer(MultiTaskTrainer):
     """Learn a composer's coefficients.
 
-    Addition and few-shot: the loss is the sum over tasks of each task's mean. Negation (`args.forget_tasks`): minus the
-    mean of each task to forget, capped or not, plus `retain_weight` times the mean over the other tasks. Test-time
+    Addition and few-shot: the loss is the sum over tasks of each task's mean. Negation (`args.forget_tasks`): minus
+    the mean of each task to forget, capped or not, plus `retain_weight` times the mean over the other tasks. Test-time
     adaptation (`args.entropy_below`): the mean entropy after the prompts, of rows that are certain enough already.
 
     Args:
@@ -123,7 +125,9 @@ class AtlasTrainer(MultiTaskTrainer):
                 "use DDP or FSDP2 (accelerate_configs/ddp.yaml, fsdp2.yaml)"
             )
         if self.is_fsdp_enabled and args.save_strategy != "no":
-            raise ValueError("checkpoints of aTLAS under FSDP2 are not supported; its fits are short: --save_strategy no")
+            raise ValueError(
+                "checkpoints of aTLAS under FSDP2 are not supported; its fits are short: --save_strategy no"
+            )
         if not self.is_fsdp_enabled:  # weights take no optimiser step: there is nothing for DDP to synchronise
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -205,7 +209,8 @@ class AtlasTrainer(MultiTaskTrainer):
             save_file({"coefficients": self.composer.coefficients.detach().cpu()}, folder / WEIGHTS, counted)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)["coefficients"]
+        with safe_open(Path(resume_from_checkpoint) / WEIGHTS, framework="pt") as file:
+            saved, counted = file.get_tensor("coefficients"), file.metadata() or {}
         if saved.shape != self.composer.coefficients.shape:
             raise ValueError(
                 f"{resume_from_checkpoint} holds coefficients {list(saved.shape)}, not "
@@ -213,6 +218,8 @@ class AtlasTrainer(MultiTaskTrainer):
             )
         with torch.no_grad():
             self.composer.coefficients.copy_(saved)
+        if isinstance(self.composer, Composer):  # stochastic rounding draws by this number; compose() adds one to it
+            self.composer.compositions = int(counted.get("compositions", 1)) - 1
         self.composer.compose()
 
 

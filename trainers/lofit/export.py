@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..export import check_logits, eval_mode, probe_logits, refuse_existing, whole_folder
 from .layer import LofitLayer
-
-# fp32 differs by the order of the additions; bf16 also by rounding W and W v once more.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def export_merged(
@@ -42,49 +38,27 @@ def export_merged(
             exact plain form.
         RuntimeError: the reloaded checkpoint's logits differ from the model's (nothing is left on disk).
     """
-    out_dir = Path(out_dir)
-    if out_dir.exists():
-        raise FileExistsError(f"{out_dir} exists; export_merged never overwrites, pass another folder")
+    out_dir = refuse_existing(out_dir)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LofitLayer)}
     check_exportable(base, layers)
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    probe = torch.randint(
-        base.config.get_text_config().vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)
-    ).to(next(base.parameters()).device)
-    with torch.no_grad():
-        expected = model(input_ids=probe).logits.float().cpu()
-
     to_merge = [layer for layer in layers.values() if not layer.merged]
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}."))
-    try:
-        for layer in to_merge:
-            layer.merge(safe_merge=True)
-        offsets = any(name in layer.lofit_offset for layer in layers.values() for name in layer.merged_adapters)
-        plain = plain_model(base, export_config(base.config, offsets))
-        plain.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        reloaded = AutoModelForCausalLM.from_pretrained(scratch, dtype=base.dtype).to(probe.device).eval()
-        with torch.no_grad():
-            difference = (reloaded(input_ids=probe).logits.float().cpu() - expected).abs().max().item()
-        allowed = TOLERANCE[base.dtype] * max(1.0, expected.abs().max().item())
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"the exported checkpoint's logits differ by {difference:.2e} (allowed {allowed:.2e}); it was removed"
-            )
-        scratch.chmod(0o755)
-        scratch.rename(out_dir)
-    finally:
-        for layer in to_merge:
-            if layer.merged:
-                layer.unmerge()
-        for module, training in modes.items():
-            module.training = training
-        shutil.rmtree(scratch, ignore_errors=True)
+    with eval_mode(model):
+        expected = probe_logits(model)
+        try:
+            with whole_folder(out_dir) as scratch:
+                for layer in to_merge:
+                    layer.merge(safe_merge=True)
+                plain = plain_model(base, export_config(base.config, any(map(has_offset, layers.values()))))
+                plain.save_pretrained(scratch)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(scratch)
+                reloaded = AutoModelForCausalLM.from_pretrained(scratch, dtype=base.dtype)
+                check_logits(reloaded.to(next(base.parameters()).device).eval(), expected)
+        finally:
+            for layer in to_merge:
+                if layer.merged:
+                    layer.unmerge()
     return out_dir
 
 
@@ -105,6 +79,11 @@ def check_exportable(base: PreTrainedModel, layers: dict[str, LofitLayer]) -> No
             )
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"{name} was trained in full (modules_to_save), which export_merged does not fold in")
+
+
+def has_offset(layer: LofitLayer) -> bool:
+    """Whether an offset is merged into the layer."""
+    return any(name in layer.lofit_offset for name in layer.merged_adapters)
 
 
 def export_config(config: PreTrainedConfig, offsets: bool) -> PreTrainedConfig:

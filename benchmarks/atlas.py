@@ -1,0 +1,263 @@
+"""What an aTLAS step costs beside plain training and other composers, in time and in memory.
+
+    python benchmarks/atlas.py [--rounds 9] [--out FILE.json]
+
+Time: one process, one thread on a CPU, contenders in turn (see timing.py). Memory: each contender in a process of its
+own, the peak of its resident memory less what it held before the model and the vectors were made. Losses and
+coefficient gradients of all composers are compared before anything is timed. "Original style" is a composer through
+`functional_call` that does what the paper's released code does (a sum over vectors for each tensor, inside the graph);
+"stacked" does the same with one contraction a tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import measure, ratio
+from torch import nn
+from torch.func import functional_call
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from steerbook.files import write_json
+from steerbook.trainers import Composer, TaskVector
+from steerbook.trainers.atlas import LowRank
+from steerbook.trainers.atlas.low_rank import LowRankComposer
+from steerbook.trainers.atlas.task_vector import LazyTensors
+
+N = 8
+FULL, SMALL = (16, 128), (1, 32)  # rows x tokens: one that fills the machine, one that does not
+BOUNDS = {
+    ("aTLAS", "plain forward + backward", "full"): (0.0, 1.10),
+    ("original style", "aTLAS", "full"): (1.2, float("inf")),
+    ("original style", "aTLAS", "small"): (1.6, float("inf")),
+    ("aTLAS, LoRA vectors", "plain forward + backward", "full"): (0.0, 1.0),
+}
+
+
+def base_model(width: int = 192, layers: int = 8) -> LlamaForCausalLM:
+    """A Llama in its usual proportions: 3.4 M parameters at width 192, 24 M at 512."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 64, head_dim=32, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+class RandomTensors(LazyTensors):
+    """A dense task vector that is drawn when read, so that making many of them takes no memory."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.seed = seed
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        number = list(self.shapes).index(name)
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        return 0.01 * torch.randn(self.shapes[name], generator=generator)
+
+
+def dense_vectors(model: nn.Module, count: int) -> list[TaskVector]:
+    return [TaskVector(RandomTensors(model, seed)) for seed in range(count)]
+
+
+def lora_vectors(model: nn.Module, count: int, rank: int = 16) -> list[TaskVector]:
+    def factors(seed: int) -> Iterator[tuple[str, LowRank]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "_proj" in name:
+                a = torch.randn(rank, parameter.shape[1], generator=generator)
+                yield name, LowRank(a, 0.01 * torch.randn(parameter.shape[0], rank, generator=generator))
+
+    return [TaskVector(dict(factors(seed))) for seed in range(count)]
+
+
+def plain(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def composed(composer: Composer | LowRankComposer, ids: torch.Tensor) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW([composer.coefficients], lr=1e-3)
+
+    def step() -> float:
+        composer.compose()
+        loss = composer.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def functional(
+    model: nn.Module, vectors: list[TaskVector], ids: torch.Tensor, stacked: bool
+) -> tuple[Callable[[], float], nn.Parameter]:
+    base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    entries = {name: [vector.dense(name) for vector in vectors] for name in base}
+    stacks = {name: torch.stack(entries.pop(name)) for name in base} if stacked else {}
+    coefficients = nn.Parameter(torch.zeros(len(vectors), len(base)))
+    optimizer = torch.optim.AdamW([coefficients], lr=1e-3)
+
+    def step() -> float:
+        deltas = []
+        for column, name in enumerate(base):
+            if stacked:
+                deltas.append(torch.tensordot(coefficients[:, column], stacks[name], dims=1))
+            else:
+                deltas.append(sum(entry * coefficients[row, column] for row, entry in enumerate(entries[name])))
+        weights = {name: delta + base[name] for name, delta in zip(base, deltas, strict=True)}
+        loss = functional_call(model, weights, (), {"input_ids": ids, "labels": ids}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step, coefficients
+
+
+def check(model: LlamaForCausalLM) -> float:
+    """Largest difference of coefficient gradients between the composers, relative to the largest gradient."""
+    vectors, ids = dense_vectors(model, N), torch.randint(512, (4, 16))
+    values = 0.1 * torch.randn(N, len(list(model.parameters())))
+    composer = Composer(copy.deepcopy(model), vectors, exclude=())
+    gradients = []
+    with torch.no_grad():
+        composer.coefficients.copy_(values)
+    composer.compose()
+    composer.model(input_ids=ids, labels=ids).loss.backward()
+    gradients.append(composer.coefficients.grad)
+    for stacked in (False, True):
+        step, coefficients = functional(copy.deepcopy(model), vectors, ids, stacked)
+        with torch.no_grad():
+            coefficients.copy_(values)
+        seen: list[torch.Tensor] = []
+        coefficients.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.clone()))
+        step()
+        gradients += seen
+    return max(float((g - gradients[0]).abs().max() / gradients[0].abs().max()) for g in gradients[1:])
+
+
+def memory_of(contender: str, count: int, stream: str) -> None:
+    """Run by this script in a process of its own: three steps, then the peak on the screen."""
+    torch.set_num_threads(1)
+    width, ids = 768, torch.randint(512, (1, 32))
+    plain(base_model(64, 1), ids)()  # what libraries need the first time
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = base_model(width, 6)
+    vectors = dense_vectors(model, count)
+    if contender == "plain forward + backward":
+        step = plain(model, ids)
+    elif contender == "aTLAS":
+        step = composed(Composer(model, vectors, exclude=()), ids)
+    elif contender == "aTLAS, streaming":
+        step = composed(Composer(model, vectors, exclude=(), placement="stream", stream_file=stream), ids)
+    else:
+        step, _ = functional(model, vectors, ids, contender == "stacked")
+    for _ in range(3):
+        step()
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+
+
+def peak(contender: str, count: int, folder: str) -> int:
+    command = [sys.executable, __file__, "--memory_of", contender, str(count), f"{folder}/{count}.safetensors"]
+    for _ in range(2 if "streaming" in contender else 1):  # the first makes the file
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="at least 7")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-atlas.json"))
+    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        return memory_of(options.memory_of[0], int(options.memory_of[1]), options.memory_of[2])
+    if options.rounds < 7:
+        parser.error(f"--rounds {options.rounds}: a median of fewer than 7 says little")
+    torch.set_num_threads(1)
+    console = Console(width=110)
+    difference = check(base_model(64, 2))
+    if difference > 1e-4:
+        raise SystemExit(f"error: coefficient gradients differ by {difference:.1e} of the largest; nothing was timed")
+    console.print(f"Loss and coefficient gradients of all composers are equal (largest difference {difference:.0e}).")
+
+    seconds: dict[str, dict[str, list[float]]] = {}
+    base = base_model()
+    vectors = dense_vectors(base, N)
+    for size, shape in (("full", FULL), ("small", SMALL)):
+        ids = torch.randint(512, shape)
+        contenders = {
+            "plain forward + backward": plain(copy.deepcopy(base), ids),
+            "aTLAS": composed(Composer(copy.deepcopy(base), vectors, exclude=()), ids),
+            "aTLAS, LoRA vectors": composed(LowRankComposer(copy.deepcopy(base), lora_vectors(base, N)), ids),
+            "original style": functional(copy.deepcopy(base), vectors, ids, stacked=False)[0],
+            "stacked": functional(copy.deepcopy(base), vectors, ids, stacked=True)[0],
+        }
+        seconds[size] = measure(contenders, options.rounds, 1 if size == "full" else 10, "cpu")
+    table = Table(title=f"Llama, {sum(p.numel() for p in base.parameters()):,} parameters, {N} vectors, one thread")
+    table.add_column("contender")
+    for size, shape in (("full", FULL), ("small", SMALL)):
+        table.add_column(f"ms a step, {shape[0]} x {shape[1]} tokens", justify="right")
+        table.add_column("beside plain", justify="right")
+    for name in seconds["full"]:
+        cells = []
+        for size in seconds:
+            cells.append(f"{1000 * statistics.median(seconds[size][name]):.1f}")
+            cells.append(f"{ratio(seconds[size], name, 'plain forward + backward'):.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
+
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = {name: peak(name, N, folder) for name in ("plain forward + backward", "aTLAS", "original style")}
+        peaks |= {"stacked": peak("stacked", N, folder), "aTLAS, streaming": peak("aTLAS, streaming", N, folder)}
+        streamed = {count: peak("aTLAS, streaming", count, folder) for count in (4, 16)}
+    weights = 4 * sum(p.numel() for p in base_model(768, 6).parameters())
+    table = Table(title=f"Peak memory, Llama with {weights / 1e6:.0f} MB of fp32 weights, {N} vectors, 32 tokens")
+    for column in ("contender", "MB", "in weights", "without the vectors"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for name, value in peaks.items():
+        held = 0 if "plain" in name or "streaming" in name else N * weights
+        table.add_row(name, f"{value / 1e6:.0f}", f"{value / weights:.1f}", f"{(value - held) / weights:.1f}")
+    console.print(table)
+
+    checks = [
+        (f"{a} / {b}, {size} batch", ratio(seconds[size], a, b), *bound) for (a, b, size), bound in BOUNDS.items()
+    ]
+    checks += [
+        ("peak: aTLAS, streaming / original style", peaks["aTLAS, streaming"] / peaks["original style"], 0.0, 0.5),
+        ("peak: aTLAS, resident / original style", peaks["aTLAS"] / peaks["original style"], 0.0, 0.5),
+        ("peak: aTLAS, streaming, 16 vectors / 4 vectors", streamed[16] / streamed[4], 0.0, 1.1),
+    ]
+    for name, value, low, high in checks:
+        within = "within" if low <= value <= high else "[red]outside[/]"
+        console.print(f"{name:<62} {value:.3f}  {within} [{low:.2f}, {high:.2f}]", highlight=False)
+    write = {name: {"value": value, "low": low, "high": None if high == float("inf") else high}
+             for name, value, low, high in checks}  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, {"gradient_difference": difference, "seconds": seconds, "peak_bytes": peaks,
+                             "peak_bytes_streaming": streamed, "ratios": write, "torch": torch.__version__})  # fmt: skip
+    console.print(f"All numbers: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Score a saved model (a composed one as well) or PEFT adapter on rows of a file.
+
+python -m steerbook.eval.atlas --model DIR --rows FILE [--out FILE]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..command import run
+from .scores import evaluate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("atlas", evaluate, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""aTLAS: learn one coefficient per parameter block and task vector (Zhang et al., 2024, arXiv 2407.02880).
+
+    accelerate launch recipes/atlas.py                                   # embedded world, CPU, offline, three seeds
+    accelerate launch recipes/atlas.py --preset smoke                    # the same in miniature, within a minute
+    accelerate launch recipes/atlas.py --config recipes/configs/atlas/llama32_1b.yaml
+    accelerate launch --num_processes 8 recipes/atlas.py --base BASE --task_vectors code=A maths=B chat=C \\
+        --tasks code=code.jsonl maths=maths.jsonl chat=owner/name
+
+Composes task vectors (differences of fine-tuned models, or LoRA adapters, to one base) into one model, and beside that
+runs what one would try instead (--arms), on four questions (--sections): all tasks at once, few rows, new tasks from
+few rows, forgetting a task. Prints a table for each with intervals, and the claims that hold or do not. Every flag of
+TRL's trainer and ModelConfig works, --config FILE.yaml holds the same flags, --dry_run shows rows, masks and memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import set_seed
+from trl import ModelConfig
+
+from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
+from steerbook.console import clear_errors, quiet_libraries
+from steerbook.data_builders import atlas as atlas_data
+from steerbook.data_builders.atlas import AtlasDataArguments, skills
+from steerbook.data_builders.rows import fingerprint
+from steerbook.eval.atlas import disentanglement, evaluate, predicted
+from steerbook.eval.atlas.report import read_records, show, write_report
+from steerbook.eval.environment import peak_memory
+from steerbook.eval.report import RunFolder
+from steerbook.files import write_json
+from steerbook.trainers.atlas.arguments import ArmArguments, arm_key
+from steerbook.trainers.atlas.arms import SECTIONS
+from steerbook.trainers.atlas.bench import Arm, Bench
+from steerbook.trainers.atlas.dry_run import show_composition
+from steerbook.trainers.atlas.stages import save_composition, text_columns
+from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
+from steerbook.trainers.atlas.vectors import Making, embedded_vectors, given_vectors
+from steerbook.trainers.base_model import load_base
+from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.multitask import MultiTaskConfig
+from steerbook.trainers.seeds import run_seeds
+from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
+
+# Chosen on dev rows of the worlds 10 to 13; the worlds reported are 0 to 2.
+SKILLS = {
+    "sections": list(SECTIONS), "max_steps": 100, "per_device_train_batch_size": 192, "save_strategy": "no",
+    "eval_batch_size": 512, "joint_learning_rate": 1e-3, "lora_learning_rate": 1e-2, "max_length": 32,
+    "adamerging_learning_rate": 1e-2, "negation_learning_rate": 0.1, "negation_cap": 3.0, "negation_retain": 10.0,
+    "forget": ["max", "dup", "cnt"], "logging_steps": 10,
+}  # fmt: skip
+PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
+    (True, "default"): SKILLS | {"seeds": [0, 1, 2]},
+    (True, "smoke"): SKILLS | {
+        "world": "smoke", "sections": ["addition"], "max_steps": 40,
+        "arms": ["tuned", "alpha", "isotropic", "atlas", "joint"]},
+    (False, "default"): {"save_strategy": "epoch", "save_total_limit": 2},
+    (False, "smoke"): {"max_steps": 2, "max_fit_rows": 16, "max_eval_rows": 8, "save_strategy": "no"},
+}  # fmt: skip
+TINY = {"default": TinyConfig(), "smoke": TinyConfig()}
+MAKING = {"steps": 70, "batch": 128, "full": Making(1e-3), "lora": Making(1e-2, rank=8)}
+PRELOAD = ["steerbook.trainers.atlas.arms", "steerbook.eval.atlas.report", "steerbook.trainers.tiny_lm"]
+
+
+@dataclass
+class VectorArguments:
+    """Where base and task vectors come from. Without them: the embedded world, whose vectors are made here."""
+
+    base: str | None = field(default=None, metadata={"help": "The base model; the same as --model_name_or_path."})
+    task_vectors: list[str] | None = field(
+        default=None,
+        metadata={"help": "Fine-tuned models, LoRA adapters (folders, Hub ids), saved vectors, as PATH or name=PATH; "
+                  "where the name is that of a task, the vector counts as that task's."},
+    )  # fmt: skip
+    vector_dtype: Literal["auto", "float32", "float16", "bfloat16"] = field(
+        default="auto", metadata={"help": "Type that differences are kept in; auto: that of the checkpoint."}
+    )
+
+
+class Settings(NamedTuple):
+    """The parsed command line."""
+
+    recipe: RecipeArguments
+    arms: ArmArguments
+    data: AtlasDataArguments
+    vectors: VectorArguments
+    training: AtlasConfig
+    model: ModelConfig
+
+
+def parse(argv: list[str]) -> Settings:
+    """Defaults, then the preset, then --config, then the command line."""
+    first = RecipeParser((RecipeArguments, AtlasDataArguments), add_help=False)
+    recipe, data, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
+    parser = RecipeParser(
+        (RecipeArguments, ArmArguments, AtlasDataArguments, VectorArguments, AtlasConfig, ModelConfig)
+    )
+    name = "atlas" + ("-skills" if data.tasks is None else "") + ("-smoke" if recipe.preset == "smoke" else "")
+    parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.tasks is None, recipe.preset])
+    settings = Settings(*parser.parse_args_and_config(argv))
+    vectors, model = settings.vectors, settings.model
+    if vectors.base is not None:
+        if model.model_name_or_path not in (None, vectors.base):
+            raise ValueError(f"--base {vectors.base} and --model_name_or_path {model.model_name_or_path} differ")
+        model.model_name_or_path = vectors.base
+    if (model.model_name_or_path is None) != (vectors.task_vectors is None):
+        raise ValueError("--base and --task_vectors go together: vectors are differences to one base")
+    check_unused(settings.training, model)
+    return settings
+
+
+def load(settings: Settings, args: AtlasDataArguments, data: Any, seed: int, keep_in: Path | None = None) -> Any:
+    """Base model and tokenizer: a real one, or the tiny one of this seed."""
+
+    def tiny() -> Path:
+        config = TINY[args.world] if args.tasks is None else replace(TINY["smoke"], tokenizer="byte")
+        config = replace(config, steps=0) if settings.recipe.dry_run else config
+        focus = skills.FOCUS if args.tasks is None else ()
+        bar = len(settings.recipe.seeds) == 1  # several seeds train theirs side by side
+        return tiny_lm(atlas_data.base_corpus(args, data), seed=seed, config=config, focus=focus, progress=bar)
+
+    set_seed(seed)
+    return load_base(settings.model, tiny, keep_in, settings.training.device)
+
+
+def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed: int, report: Any) -> Any:
+    """Name -> vector: dense ones, and LoRA ones."""
+    if settings.vectors.task_vectors is not None:
+        return given_vectors(settings.model, settings.vectors.task_vectors, settings.vectors.vector_dtype)
+    steps = 0 if settings.recipe.dry_run else MAKING["steps"]
+    args = MultiTaskConfig(
+        settings.training.output_dir, max_steps=steps, per_device_train_batch_size=MAKING["batch"], seed=seed,
+        lr_scheduler_type="cosine", warmup_steps=10, max_length=32, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows, content = data["train"], fingerprint(data["train"])
+    full = embedded_vectors(
+        base, tokenizer, rows, content, args, MAKING["full"], lambda task: report(f"vector {task}")
+    )
+    lora = embedded_vectors(base, tokenizer, rows, content, args, MAKING["lora"], lambda task: report(f"LoRA {task}"))
+    return full, lora
+
+
+def run_seed(argv: list[str], seed: int, report: Any) -> None:
+    """Everything for one seed: base, vectors, arms, and what each scores, written as soon as it is there."""
+    settings = parse(argv)
+    training, toy = settings.training, settings.model.model_name_or_path is None
+    training.seed = seed
+    if toy:  # one bar stands for all arms and seeds
+        quiet_libraries()
+        training.disable_tqdm = True
+    scoring = {"batch_size": settings.recipe.eval_batch_size, "progress": not toy}
+    folder = Path(training.output_dir) / f"seed_{seed}"
+    args = atlas_data.of_seed(settings.data, seed)
+    data = atlas_data.build(args)
+    base, tokenizer = load(settings, args, data, seed, folder)
+    vectors, lora_vectors = load_vectors(settings, data, base, tokenizer, seed, report)
+    known = list(dict.fromkeys(data["test"].filter(lambda role: role == "known", input_columns="role")["task"]))
+    done = {file.parent.name for file in folder.glob("*/measured.json")}
+    for key in sorted(done):
+        report(f"{key} (measured before)")
+
+    def score(model: Any, rows: Any) -> tuple[float, float]:
+        metrics = evaluate(model, tokenizer, rows, **scoring)["metrics"]
+        return metrics["accuracy"]["value"], metrics["nats_per_token"]["value"]
+
+    def rows_of(arm: Arm) -> Any:
+        tasks = {arm.task} if arm.task is not None and arm.section != "negation" else set(known)
+        return data["test"].filter(lambda task: task in tasks, input_columns="task")
+
+    bench = Bench(
+        base, tokenizer, known, vectors, lora_vectors, data["fit"], data["dev"], training,
+        MultiTaskConfig(training.output_dir, max_steps=training.max_steps, seed=seed, save_strategy="no",
+                        per_device_train_batch_size=training.per_device_train_batch_size, lr_scheduler_type="cosine",
+                        num_train_epochs=training.num_train_epochs, max_length=training.max_length,
+                        disable_tqdm=training.disable_tqdm),
+        settings.arms, folder, score, done,
+    )  # fmt: skip
+    for section in settings.arms.sections:
+        for arm in SECTIONS[section](bench):
+            splits = {"test": evaluate(arm.model, tokenizer, rows_of(arm), **scoring)["samples"]}
+            if section != "data" and arm.name != "tuned":
+                splits["control"] = evaluate(arm.model, tokenizer, data["control"], **scoring)["samples"]
+            record = {
+                "section": section, "name": arm.name, "task": arm.task, "n": arm.n, "alpha": arm.alpha,
+                "trained": arm.trained, "seconds": arm.seconds, "peak_memory_bytes": peak_memory(), "dev": arm.dev,
+                "log": arm.log, "splits": splits, "vectors": arm.vectors,
+            }  # fmt: skip
+            if arm.composer is not None:
+                record["coefficients"] = arm.composer.coefficients.detach().tolist()
+                record["block_names"] = arm.composer.block_names
+                save_composition(folder / arm.key, arm.composer, arm.vectors)
+            if arm.key == arm_key("addition", "atlas") and set(known) <= set(vectors):
+                record["disentanglement"] = entangled(arm, known, data["dev"], tokenizer, scoring)
+            (folder / arm.key).mkdir(parents=True, exist_ok=True)
+            write_json(folder / arm.key / "measured.json", record)
+            report(arm.key)
+
+
+def entangled(arm: Arm, known: list[str], rows: Any, tokenizer: Any, scoring: Any) -> list[list[float]]:
+    """Share of each task's (dev) rows whose label changes as another vector joins its own, at the learned values."""
+    labels: dict[tuple[str, str], Any] = {}
+    for task in known:
+        own = rows.filter(lambda name, task=task: name == task, input_columns="task")
+        for other in known:
+            arm.keep_vectors([task, other])
+            labels[task, other] = predicted(evaluate(arm.model, tokenizer, own, **scoring)["samples"])
+    arm.keep_vectors(arm.vectors)
+    return disentanglement([[labels[task, other] for other in known] for task in known])["matrix"]
+
+
+def main(argv: list[str]) -> None:
+    with clear_errors(ValueError, OSError):
+        settings = parse(argv)
+        training, seeds = settings.training, settings.recipe.seeds
+        toy = settings.model.model_name_or_path is None
+        args = [atlas_data.of_seed(settings.data, seed) for seed in seeds]
+        data = [atlas_data.build(one) for one in args]
+        if settings.recipe.dry_run:
+            quiet_libraries()
+            model, tokenizer = load(settings, args[0], data[0], seeds[0])
+            vectors, lora_vectors = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
+            with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
+                composer = settings.arms.composer(model, list(vectors.values()), training.seed)
+                trainer = AtlasTrainer(composer, training, text_columns(data[0]["fit"]), tokenizer)
+                show_dry_run(trainer, tokenizer)
+                return show_composition(composer)
+        flags, defaults = flags_and_defaults(settings)
+        run = RunFolder(training.output_dir, recipe="atlas", toy=toy, arguments=flags, defaults=defaults)
+    with clear_errors(ValueError, OSError, FloatingPointError), run:
+        if run.finished:
+            print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
+        else:
+            if toy:
+                print("A toy: tiny models, trained here once and cached. It shows nothing about large models.")
+            counts = {split: len(rows) for split, rows in data[0].items()}
+            run.data("-".join(fingerprint(rows)[:12] for rows in data), counts)
+            run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel=toy and training.world_size == 1)
+            base = {"name": "tiny_lm", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
+                "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip
+            write_report(run, read_records(run.path, seeds), base)
+    show(run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

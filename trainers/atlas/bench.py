@@ -1,0 +1,188 @@
+"""What the arms of an aTLAS run share: base, vectors, rows, and the ways to make one arm of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..multitask import MultiTaskConfig
+from .arguments import ArmArguments, arm_key
+from .composer import Composer
+from .low_rank import LowRankComposer
+from .stages import Fit, fine_tune, fit_coefficients
+from .task_vector import TaskVector
+from .trainer import AtlasConfig
+
+ALPHAS = [round(0.05 * step, 2) for step in range(21)]  # the paper's search: 21 points from 0 to 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model to measure, valid until the iterator moves on.
+
+    Attributes:
+        task: the one that the arm is about (a fine-tuned single, a new task, a task to forget); else None.
+        n: rows of each task that it was fitted on, where that varies.
+        dev: scores on dev rows, by which settings and figures are made.
+        vectors: the names of the coefficients' rows.
+        composer, coefficients: how it was composed, and the values [n, m].
+    """
+
+    section: str
+    name: str
+    model: Any
+    seconds: float = 0.0
+    trained: int = 0
+    task: str | None = None
+    n: int | None = None
+    alpha: float | None = None
+    dev: dict[str, float] = field(default_factory=dict)
+    log: list[dict[str, float]] = field(default_factory=list)
+    composer: Composer | LowRankComposer | None = None
+    coefficients: torch.Tensor | None = None
+    vectors: list[str] = field(default_factory=list)
+
+    def keep_vectors(self, names: Sequence[str]) -> None:
+        """Compose only these of the vectors, with their learned coefficients."""
+        assert self.composer is not None and self.coefficients is not None
+        kept = torch.tensor([float(name in names) for name in self.vectors], device=self.coefficients.device)
+        with torch.no_grad():
+            rows = kept.reshape(-1, *[1] * (self.coefficients.dim() - 1))
+            self.composer.coefficients.copy_(self.coefficients * rows)
+        self.composer.compose()
+
+    @property
+    def key(self) -> str:
+        return arm_key(self.section, self.name, self.task, self.n)
+
+
+@dataclass
+class Bench:
+    """What all arms of one seed share.
+
+    Attributes:
+        base: wrapped or composed for each arm and bare again after it.
+        known: tasks to compose for; one is new if it is in `fit` and not among them.
+        vectors, lora_vectors: name (of the task, where it belongs to one) -> vector; the latter may be empty.
+        fit, dev: rows with `task`.
+        score: mean accuracy over tasks, and mean nats per token over tasks, of a model on rows.
+        done: keys of arms that need not be made again.
+        fit_coefficients, fine_tune: how (those of `stages.py`, or others with their signatures).
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    known: list[str]
+    vectors: Mapping[str, TaskVector]
+    lora_vectors: Mapping[str, TaskVector]
+    fit: Dataset
+    dev: Dataset
+    args: AtlasConfig
+    tuning: MultiTaskConfig
+    arguments: ArmArguments
+    out_dir: Path
+    score: Callable[[Any, Dataset], tuple[float, float]]
+    done: Collection[str] = ()
+    fit_coefficients: Callable[..., Fit] = fit_coefficients
+    fine_tune: Callable[..., tuple[Any, Fit]] = fine_tune
+
+    def wanted(self, section: str, name: str, task: str | None = None, n: int | None = None) -> bool:
+        return name in self.arguments.arms and arm_key(section, name, task, n) not in self.done
+
+    def composer(self) -> Composer | LowRankComposer:
+        """What the flags describe; LoRA vectors stay factors."""
+        vectors = list(self.vectors.values())
+        if self.lora_vectors == self.vectors:
+            return LowRankComposer(self.base, vectors, self.arguments.low_rank_mode)
+        return self.arguments.composer(
+            self.base, vectors, self.args.seed, self.out_dir / "vectors_by_block.safetensors"
+        )
+
+    def isotropic(self, vectors: Sequence[TaskVector] | None = None) -> Composer:
+        """One coefficient a vector."""
+        given = list(self.vectors.values()) if vectors is None else vectors
+        a = self.arguments
+        return Composer(self.base, given, "isotropic", a.exclude, include=a.include or (), rounding=a.rounding)
+
+    def tasks(self, rows: Dataset, tasks: Collection[str]) -> Dataset:
+        return rows.filter(lambda task: task in tasks, input_columns="task")
+
+    def first(self, rows: Dataset, n: int) -> Dataset:
+        """The first `n` rows of each task: small sets are parts of the larger ones."""
+        seen: dict[str, int] = {}
+        kept = []
+        for index, task in enumerate(rows["task"]):
+            seen[task] = seen.get(task, 0) + 1
+            if seen[task] <= n:
+                kept.append(index)
+        return rows.select(kept)
+
+    def learned(
+        self, section: str, name: str, rows: Dataset, task: str | None = None, n: int | None = None,
+        composer: Composer | LowRankComposer | None = None, start: float = 0.0,
+        look: Callable[[Any], dict[str, float]] | None = None, names: list[str] | None = None, **changes: Any,
+    ) -> Iterator[Arm]:  # fmt: skip
+        """One arm with coefficients fitted on `rows`: one a vector for "isotropic", else as the flags say."""
+        if not self.wanted(section, name, task, n):
+            return
+        if name == "isotropic" and self.arguments.isotropic_learning_rate is not None:
+            changes = {"learning_rate": self.arguments.isotropic_learning_rate, **changes}
+        composer = composer or (self.isotropic() if name == "isotropic" else self.composer())
+        if start:
+            with torch.no_grad():
+                composer.coefficients.fill_(start)
+            composer.compose()
+        out = self.out_dir / arm_key(section, name, task, n)
+        fit = self.fit_coefficients(composer, self.tokenizer, rows, self.args, out, **changes)
+        names = names or list(self.lora_vectors if isinstance(composer, LowRankComposer) else self.vectors)
+        dev = look(composer.model) if look else {}
+        yield Arm(section, name, composer.model, fit.seconds, fit.trained, task, n, dev=dev, log=fit.log,
+                  composer=composer, coefficients=composer.coefficients.detach().clone(), vectors=names)  # fmt: skip
+        composer.remove()
+
+    def tuned(
+        self, section: str, name: str, rows: Dataset, learning_rate: float, task: str | None = None,
+        n: int | None = None, lora: bool = False, **changes: Any,
+    ) -> Iterator[Arm]:  # fmt: skip
+        """One arm of ordinary fine-tuning on `rows`: all weights, or a LoRA."""
+        if not self.wanted(section, name, task, n):
+            return
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        out = self.out_dir / arm_key(section, name, task, n)
+        changes = {"learning_rate": learning_rate, **changes}
+        model, fit = self.fine_tune(self.base, self.tokenizer, rows, self.tuning, out, adapter, **changes)
+        yield Arm(section, name, model, fit.seconds, fit.trained, task, n, log=fit.log)
+
+    def searched(
+        self, section: str, name: str, vectors: Sequence[TaskVector], look: Callable[[Any], dict[str, float]],
+        choose: Callable[[list[dict[str, float]]], dict[str, float]], task: str | None = None, sign: float = 1.0,
+    ) -> Iterator[Arm]:  # fmt: skip
+        """One arm with a single alpha for the sum of `vectors`, chosen among 21 by their scores on dev."""
+        if not self.wanted(section, name, task):
+            return
+        start = time.perf_counter()
+        composer = self.isotropic(vectors)
+        curve = []
+        for alpha in ALPHAS:
+            set_all(composer, sign * alpha)
+            curve.append({"alpha": alpha, **look(composer.model)})
+        best = choose(curve)
+        set_all(composer, sign * best["alpha"])
+        yield Arm(
+            section, name, composer.model, time.perf_counter() - start, 1, task, None, best["alpha"], best, curve
+        )
+        composer.remove()
+
+
+def set_all(composer: Composer, value: float) -> None:
+    with torch.no_grad():
+        composer.coefficients.fill_(value)
+    composer.compose()

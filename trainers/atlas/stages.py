@@ -1,0 +1,148 @@
+"""Fits that continue when interrupted and are not repeated when finished: of coefficients, of weights, of adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+
+from ...files import write_json
+from ..checkpoints import newest_complete_checkpoint
+from ..multitask import MultiTaskConfig, MultiTaskTrainer
+from .coefficients import save_coefficients
+from .composer import Composer
+from .low_rank import LowRankComposer
+from .trainer import AtlasConfig, AtlasTrainer
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit cost, and its log."""
+
+    log: list[dict[str, float]]
+    seconds: float
+    trained: int
+
+
+class KeepBest(TrainerCallback):
+    """Judges the composed model every few steps and leaves the best coefficients in place at the end.
+
+    Args:
+        judge: lower is better; None for a model that breaks the rules. At the start (where nothing is changed) the
+            coefficients are those to fall back on.
+    """
+
+    def __init__(self, composer: Composer | LowRankComposer, judge: Callable[[Any], float | None], every: int) -> None:
+        self.composer, self.judge, self.every = composer, judge, every
+        self.best, self.kept = judge(composer.model), composer.coefficients.detach().clone()
+        self.step = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        value = self.judge(self.composer.model)
+        if value is not None and (self.best is None or value < self.best):
+            self.best, self.kept = value, self.composer.coefficients.detach().clone()
+            self.step = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with torch.no_grad():
+            self.composer.coefficients.copy_(self.kept)
+        self.composer.compose()
+
+
+def fit_coefficients(
+    composer: Composer | LowRankComposer,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: AtlasConfig,
+    out_dir: Path,
+    keep: KeepBest | None = None,
+    **changes: Any,
+) -> Fit:
+    """Learn the coefficients in `out_dir`; continue from its newest checkpoint, or load them if finished.
+
+    Args:
+        args: copied, never changed.
+        keep: chooses among the steps; without it the last one counts. Its fit starts anew when interrupted.
+        changes: fields of `args` that differ for this fit.
+    """
+    args = changed(args, output_dir=str(out_dir), **changes)
+    set_seed(args.seed)
+    if keep is not None:
+        args.save_strategy = "no"
+    trainer = AtlasTrainer(composer, args, text_columns(rows), tokenizer, None if keep is None else [keep])
+    if (out_dir / FINISHED).exists():
+        trainer._load_from_checkpoint(str(out_dir))
+        return Fit(**json.loads((out_dir / FINISHED).read_text()))
+    return _run(trainer, out_dir, composer.coefficients.numel())
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: MultiTaskConfig,
+    out_dir: Path,
+    peft_config: PeftConfig | None = None,
+    **changes: Any,
+) -> tuple[PreTrainedModel, Fit]:
+    """Fine-tune a copy of the model, all weights or an adapter; the model itself stays as it is.
+
+    Returns:
+        The tuned copy (a `PeftModel` for an adapter) and its fit.
+    """
+    args = changed(args, output_dir=str(out_dir), **changes)
+    set_seed(args.seed)
+    tuned: Any = copy.deepcopy(model).requires_grad_(True)
+    if peft_config is not None:
+        tuned = get_peft_model(tuned, peft_config)
+    trainer = MultiTaskTrainer(tuned, args, text_columns(rows), processing_class=tokenizer)
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return tuned.eval(), _run(trainer, out_dir, trained, save=args.save_strategy != "no")
+
+
+def save_composition(folder: Path, composer: Composer | LowRankComposer, sources: Sequence[str]) -> None:
+    """`coefficients.json` in the arm's folder, on rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_coefficients(folder / "coefficients.json", composer, sources=sources)
+
+
+def changed(args: Any, **changes: Any) -> Any:
+    """A copy of training arguments with other values; ValueError for a field they do not have."""
+    args = copy.copy(args)
+    for name, value in changes.items():
+        if name not in type(args).__dataclass_fields__:
+            raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
+        setattr(args, name, value)
+    return args
+
+
+def text_columns(rows: Dataset, names: Iterable[str] = ("task", "prompt", "completion")) -> Dataset:
+    """Only what the trainer reads."""
+    return rows.select_columns([name for name in names if name in rows.column_names])
+
+
+def _run(trainer: Trainer, out_dir: Path, trained: int, save: bool = True) -> Fit:
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+    fit = Fit(trainer.state.log_history, time.perf_counter() - start, trained)
+    trainer.model.eval()
+    if save:
+        trainer.save_model(str(out_dir))
+        if trainer.is_world_process_zero():
+            write_json(out_dir / FINISHED, vars(fit))
+    return fit
