@@ -1,4 +1,4 @@
-"""Two processes learn the coefficients of one: each with the whole model (DDP's place), and with its shards (FSDP2)."""
+"""Two processes learn the coefficients of one: each with the whole model (as DDP), and with its shards (FSDP2)."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""AtlasTrainer: losses and gradients against autograd through `functional_call`, steps that do not depend on how a batch
-is cut, resuming bit for bit."""
+"""AtlasTrainer: losses and gradients against autograd through `functional_call`, steps that do not depend on how a
+batch is cut, resuming bit for bit."""
 
 import copy
 import shutil
@@ -13,7 +13,8 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 
 from steerbook.trainers import Composer, TaskVector
-from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer, penalty_gradient, task_weights
+from steerbook.trainers.atlas.coefficient_trainer import penalty_gradient
+from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer, task_weights
 from steerbook.trainers.training import NonFiniteError
 
 TASKS = ("first", "second", "third")
@@ -71,7 +72,8 @@ def oracle(composer: Composer, values: torch.Tensor, weights: dict[str, float], 
                 continue
             prompt = tokenizer(row["prompt"])["input_ids"]
             ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-            logits = functional_call(model, weights_of, (), {"input_ids": torch.tensor([ids])}, tie_weights=True).logits
+            inputs = {"input_ids": torch.tensor([ids])}
+            logits = functional_call(model, weights_of, (), inputs, tie_weights=True).logits
             logprobs = logits[0, :-1].log_softmax(-1)
             nats += [-logprobs[place - 1, ids[place]] for place in range(len(prompt), len(ids))]
         found = torch.stack(nats)
@@ -141,9 +143,7 @@ def test_resumes_bit_for_bit(tmp_path, rounding):
     shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
     trainer(tmp_path / "again", resumed, **cut).train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-3"))
     assert torch.equal(whole.coefficients, resumed.coefficients)
-    for (name, one), (_, other) in zip(
-        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     saved = {file.name for file in (tmp_path / "run" / "checkpoint-6").iterdir()}
     assert saved == {"coefficients.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
@@ -230,7 +230,7 @@ def test_rows_without_tasks_are_one(tmp_path):
 def test_weights_of_tasks():
     assert task_weights(TASKS, None, 1.0) == {"first": 1.0, "second": 1.0, "third": 1.0}
     assert task_weights(TASKS, ["third"], 6.0) == {"first": 3.0, "second": 3.0, "third": -1.0}
-    with pytest.raises(ValueError, match=r"forget_tasks=\['fourth'\], but the rows are of \['first', 'second', 'third'\]"):
+    with pytest.raises(ValueError, match=r"forget_tasks=\['fourth'\], but the rows are of"):
         task_weights(TASKS, ["fourth"], 1.0)
     with pytest.raises(ValueError, match="name some of them, not all"):
         task_weights(TASKS, list(TASKS), 1.0)

@@ -79,8 +79,10 @@ def test_factors_stay_factors():
     scaled = (3 * TaskVector({"w": one}))["w"]
     assert scaled.a is one.a and scaled.b is one.b and scaled.scale == pytest.approx(0.9)
     assert isinstance((TaskVector({"w": one}) + TaskVector({"w": one.dense()}))["w"], torch.Tensor)
-    cancelled = TaskVector({"w": one}) - TaskVector({"w": one})
-    assert cancelled.norm() < 1e-7  # a number, though rounding may make the square negative
+    for _ in range(50):  # rounding makes some of the squares negative
+        one = factors(6, 5)
+        cancelled = TaskVector({"w": one}) - TaskVector({"w": factors(6, 5)}) * 0 - TaskVector({"w": one})
+        assert 0 <= cancelled.norm() < 1e-6
 
 
 def test_bf16_factors_are_summed_without_rounding():

@@ -15,7 +15,16 @@ from .training import FiniteTrainer, HouseArguments
 
 
 @dataclass
-class MultiTaskConfig(HouseArguments, SFTConfig):  # type: ignore[misc]
+class MultiTaskArguments(HouseArguments):
+    """What `MultiTaskTrainer` adds. Put it before TRL's config."""
+
+    train_eos: bool = field(
+        default=True, metadata={"help": "Whether the end-of-text token that TRL appends to completions carries loss."}
+    )
+
+
+@dataclass
+class MultiTaskConfig(MultiTaskArguments, SFTConfig):  # type: ignore[misc]
     """`SFTConfig` for `MultiTaskTrainer`."""
 
     max_length: int | None = field(default=512, metadata={"help": "Longest sequence in tokens (TRL: 1024)."})
@@ -27,7 +36,7 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
     The mean is over all rows of the task in the optimiser step, whatever the micro-batches and processes they lie in,
     so 8 x 1, 4 x 2 and two processes give equal steps. A task without rows in a step adds nothing.
 
-    Args: as `trl.SFTTrainer`, and
+    Args: as `trl.SFTTrainer`, `args` with the fields of `MultiTaskArguments`, and
         train_dataset: with a text column `task` (without it, everything is one task).
         task_weights: weight of each task's mean; default 1 for each.
 
@@ -38,11 +47,12 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
     """
 
     _metrics: dict[str, dict[str, list[float]]]
+    data_collator: Any
 
     def __init__(
         self,
         model: Any,
-        args: SFTConfig,
+        args: Any,
         train_dataset: Dataset,
         *,
         task_weights: Mapping[str, float] | None = None,
@@ -58,7 +68,8 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
             raise ValueError(f"task_weights names {sorted(weights)}, but the rows are of {self.tasks}")
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         self.task_weights = torch.tensor([weights[task] for task in self.tasks])
-        self.data_collator = _TaskCollator(self.data_collator, self.tasks)
+        unscored = None if args.train_eos else self.processing_class.eos_token_id
+        self.data_collator = _TaskCollator(self.data_collator, self.tasks, unscored)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
         self._step_tokens: Tensor | None = None
         self._seen = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=self.args.device)  # nats, tokens
@@ -121,12 +132,17 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
 
 
 class _TaskCollator:
-    """Another collator's batch, with `task_id` [rows]."""
+    """Another collator's batch, with `task_id` [rows], and without loss on the token `unscored`."""
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], tasks: list[str]) -> None:
+    def __init__(
+        self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], tasks: list[str], unscored: int | None
+    ) -> None:
         self.inner, self.numbers = inner, {task: number for number, task in enumerate(tasks)}
+        self.unscored = unscored
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [self.numbers[example["task"]] for example in examples]
         batch = self.inner([{k: v for k, v in example.items() if k != "task"} for example in examples])
+        if self.unscored is not None:
+            batch["labels"] = batch["labels"].masked_fill(batch["labels"] == self.unscored, -100)
         return {**batch, "task_id": torch.tensor(numbers)}

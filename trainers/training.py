@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +52,19 @@ class HouseArguments:
             if getattr(self, "activation_checkpointing") is None:  # noqa: B009
                 self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]
+
+
+@contextmanager
+def own_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block TRL may put its fused head around the model's forward; afterwards the model has its own again,
+    so that it can be copied and trained once more."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 class FiniteTrainer(Trainer):

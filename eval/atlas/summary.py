@@ -43,24 +43,31 @@ NAMES = {
     "lorahub": "LoraHub",
     "tuned": "fine-tuned singles",
     "joint": "joint fine-tuning",
+    "layernorm": "LayerNorm tuning, UFM",
+    "entropy": "aTLAS, entropy",
+    "ufm": "aTLAS, UFM",
 }
 SECTIONS = {
     "addition": "All tasks at once",
     "data": "All tasks at once, by rows to fit on",
     "fewshot": "New tasks from few rows",
     "negation": "Forgetting one task (target), keeping the others (control)",
+    "adaptation": "New tasks from unlabelled images",
 }
 CONTROL_TEXTS = Column("control perplexity", "control", "nats_per_token", 1.0)
+UPRIGHT = Column("upright digits", "upright", "accuracy")  # of the embedded images: what is no task's own
 COLUMNS = {
     "addition": [
         Column("accuracy", "test", "accuracy"),
         Column("normalised", "test", "normalised"),
         CONTROL_TEXTS,
+        UPRIGHT,
         Column("disentanglement error", "disentanglement", "error"),
     ],
     "data": [Column("accuracy", "test", "accuracy")],
     "fewshot": [Column("accuracy", "test", "accuracy"), CONTROL_TEXTS],
     "negation": [Column("target", "test", "target"), Column("control", "test", "control"), CONTROL_TEXTS],
+    "adaptation": [Column("accuracy", "test", "accuracy"), UPRIGHT],
 }
 ALPHA, ISOTROPIC, ATLAS, TUNED = (("addition", name, None) for name in ("alpha", "isotropic", "atlas", "tuned"))
 

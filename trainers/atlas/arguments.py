@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -20,6 +20,8 @@ ARMS = ("tuned", "sum", "alpha", "isotropic", "atlas", "atlas_lora", "lorahub", 
 @dataclass
 class ArmArguments:
     """How vectors are composed, and which methods run beside that. The trainer's flags are the coefficients'."""
+
+    known: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (SECTIONS, ARMS)
 
     sections: list[str] = field(
         default_factory=lambda: ["addition"], metadata={"help": f"What to compare: {', '.join(SECTIONS)}."}
@@ -48,6 +50,7 @@ class ArmArguments:
         default=None, metadata={"help": "Learning rate of one coefficient a vector. Unset: --learning_rate."}
     )
     joint_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of fine-tuning all weights."})
+    shot_learning_rate: float = field(default=1e-5, metadata={"help": "The same on few rows of a new task."})
     lora_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of a LoRA (r=4) on few rows."})
     lora_vector_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate over LoRA vectors."})
     adamerging_learning_rate: float = field(default=1e-3, metadata={"help": "AdaMerging's."})
@@ -58,9 +61,13 @@ class ArmArguments:
     data_sizes: list[int] = field(default_factory=lambda: [2, 8, 32, 256], metadata={"help": "Fit rows of each task."})
     shots: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "Fit rows of each new task."})
     shot_steps: int = field(default=60, metadata={"help": "Steps of every fit on a new task."})
+    data_steps: int = field(default=60, metadata={"help": "Steps of every fit of the section data."})
+    other_steps: int | None = field(
+        default=None, metadata={"help": "Steps of what aTLAS is compared with in the addition. Unset: --max_steps."}
+    )
     forget: list[str] | None = field(default=None, metadata={"help": "Tasks to negate, one after the other."})
     negation_steps: int = field(default=80, metadata={"help": "Steps of negation."})
-    negation_every: int = field(default=5, metadata={"help": "Steps between looks at the control tasks (dev)."})
+    negation_every: int = field(default=10, metadata={"help": "Steps between looks at the control tasks (dev)."})
     negation_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of negation (the paper's)."})
     negation_cap: float | None = field(default=None, metadata={"help": "See --forget_cap."})
     negation_retain: float = field(default=1.0, metadata={"help": "See --retain_weight."})
@@ -69,7 +76,7 @@ class ArmArguments:
     )
 
     def __post_init__(self) -> None:
-        for flag, given, known in (("sections", self.sections, SECTIONS), ("arms", self.arms, ARMS)):
+        for flag, given, known in (("sections", self.sections, self.known[0]), ("arms", self.arms, self.known[1])):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"--{flag}: unknown {unknown[0]!r}; known: {', '.join(known)}")

@@ -26,6 +26,8 @@ def addition(bench: Bench) -> Iterator[Arm]:
     a, vectors = bench.arguments, list(bench.vectors.values())
     fit, dev = bench.tasks(bench.fit, bench.known), bench.tasks(bench.dev, bench.known)
 
+    steps: dict[str, Any] = {} if a.other_steps is None else {"max_steps": a.other_steps}
+
     def look(model: Any) -> dict[str, float]:
         return {"accuracy": bench.score(model, dev)[0]}
 
@@ -33,17 +35,17 @@ def addition(bench: Bench) -> Iterator[Arm]:
         yield Arm("addition", "base", bench.base, dev=look(bench.base))
     for task in bench.known:
         if task in bench.vectors and bench.wanted("addition", "tuned", task):
-            composer = bench.isotropic([bench.vectors[task]])
+            composer = bench.fixed([bench.vectors[task]])
             set_all(composer, 1.0)
             yield Arm("addition", "tuned", composer.model, task=task)
             composer.remove()
     if bench.wanted("addition", "sum"):
-        composer = bench.isotropic()
+        composer = bench.fixed(vectors)
         set_all(composer, 1.0)
         yield Arm("addition", "sum", composer.model)
         composer.remove()
     yield from bench.searched("addition", "alpha", vectors, look, best_accuracy)
-    yield from bench.learned("addition", "isotropic", fit, look=look)
+    yield from bench.learned("addition", "isotropic", fit, look=look, **steps)
     yield from bench.learned("addition", "atlas", fit, look=look)
     for name, merged in (
         ("ties", lambda: ties_vector(vectors, a.ties_density)),
@@ -59,15 +61,15 @@ def addition(bench: Bench) -> Iterator[Arm]:
     }
     yield from bench.learned("addition", "adamerging", fit, start=0.3, **adamerging)
     if bench.lora_vectors:
-        yield from _over_lora_vectors(bench, fit)
-    yield from bench.tuned("addition", "joint", fit, a.joint_learning_rate)
+        yield from _over_lora_vectors(bench, fit, steps)
+    yield from bench.tuned("addition", "joint", fit, a.joint_learning_rate, **steps)
 
 
-def _over_lora_vectors(bench: Bench, fit: Dataset) -> Iterator[Arm]:
+def _over_lora_vectors(bench: Bench, fit: Dataset, steps: dict[str, Any]) -> Iterator[Arm]:
     a, vectors = bench.arguments, list(bench.lora_vectors.values())
     if bench.wanted("addition", "atlas_lora"):
         composer = LowRankComposer(bench.base, vectors, a.low_rank_mode)
-        rate: dict[str, Any] = {"learning_rate": a.lora_vector_learning_rate}
+        rate: dict[str, Any] = {**steps, "learning_rate": a.lora_vector_learning_rate}
         yield from bench.learned("addition", "atlas_lora", fit, composer=composer, **rate)
     if not bench.wanted("addition", "lorahub"):
         return
@@ -92,11 +94,11 @@ def _over_lora_vectors(bench: Bench, fit: Dataset) -> Iterator[Arm]:
 def data(bench: Bench) -> Iterator[Arm]:
     """The same from few rows to many, beside fine-tuning all weights on them."""
     fit = bench.tasks(bench.fit, bench.known)
-    for n in bench.arguments.data_sizes:
-        rows = bench.first(fit, n)
-        yield from bench.learned("data", "isotropic", rows, n=n)
-        yield from bench.learned("data", "atlas", rows, n=n)
-        yield from bench.tuned("data", "joint", rows, bench.arguments.joint_learning_rate, n=n)
+    a = bench.arguments
+    for n in a.data_sizes:
+        few: dict[str, Any] = {"rows": bench.first(fit, n), "n": n, "max_steps": a.data_steps}
+        yield from bench.learned("data", "atlas", **few)
+        yield from bench.tuned("data", "joint", learning_rate=a.joint_learning_rate, **few)
 
 
 def fewshot(bench: Bench) -> Iterator[Arm]:
@@ -109,7 +111,7 @@ def fewshot(bench: Bench) -> Iterator[Arm]:
             yield Arm("fewshot", "base", bench.base, task=task)
         for n in a.shots:
             few: dict[str, Any] = {"rows": bench.first(rows, n), "task": task, "n": n, "max_steps": a.shot_steps}
-            yield from bench.tuned("fewshot", "finetune", learning_rate=a.joint_learning_rate, **few)
+            yield from bench.tuned("fewshot", "finetune", learning_rate=a.shot_learning_rate, **few)
             yield from bench.tuned("fewshot", "lora", learning_rate=a.lora_learning_rate, lora=True, **few)
             yield from bench.learned("fewshot", "isotropic", **few)
             yield from bench.learned("fewshot", "atlas", **few)
@@ -134,27 +136,20 @@ def negation(bench: Bench) -> Iterator[Arm]:
         if arm_key("negation", "base", target) not in bench.done:
             yield Arm("negation", "base", bench.base, task=target, dev=look(bench.base))
         yield from bench.searched("negation", "alpha", vector, look, choose, target, -1.0)
-        changes: dict[str, Any] = {
-            "forget_tasks": [target], "forget_cap": a.negation_cap, "retain_weight": a.negation_retain,
-            "max_steps": a.negation_steps, "learning_rate": a.negation_learning_rate,
-        }  # fmt: skip
-        rows = bench.tasks(bench.fit, bench.known)
-        for name in ("isotropic", "atlas"):
-            if not bench.wanted("negation", name, target):
-                continue
-            composer = (
-                bench.isotropic(vector) if name == "isotropic" else a.composer(bench.base, vector, bench.args.seed)
-            )
+        if not bench.wanted("negation", "atlas", target):
+            continue
+        composer = a.composer(bench.base, vector, bench.args.seed)
 
-            def judge(
-                model: Any, look: Callable[[Any], dict[str, float]] = look, floor: float = floor
-            ) -> float | None:
-                seen = look(model)
-                return seen["target"] if seen["control"] >= floor else None
+        def judge(model: Any, look: Callable[[Any], dict[str, float]] = look, floor: float = floor) -> float | None:
+            seen = look(model)
+            return seen["target"] if seen["control"] >= floor else None
 
-            keep = KeepBest(composer, judge, a.negation_every)
-            given: dict[str, Any] = {"composer": composer, "keep": keep, "look": look, "names": [target]}
-            yield from bench.learned("negation", name, rows, target, **given, **changes)
+        yield from bench.learned(
+            "negation", "atlas", bench.tasks(bench.fit, bench.known), target, composer=composer, look=look,
+            keep=KeepBest(composer, judge, a.negation_every), names=[target], forget_tasks=[target],
+            forget_cap=a.negation_cap, retain_weight=a.negation_retain, max_steps=a.negation_steps,
+            learning_rate=a.negation_learning_rate,
+        )  # fmt: skip
 
 
 SECTIONS = {"addition": addition, "data": data, "fewshot": fewshot, "negation": negation}

@@ -28,7 +28,7 @@ def dare_vector(vectors: Sequence[TaskVector], density: float = 0.5, seed: int =
 
     def merge(name: str, entries: list[Tensor]) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # the CPU's generator reads 32 bits
             return dare_linear(entries, weights, density)
 
     return _merged(vectors, merge, f"DARE, density {density}, seed {seed}")
@@ -48,7 +48,7 @@ def search_weights(loss: Callable[[list[float]], float], count: int, budget: int
         seen.append(loss(weights.tolist()) + 0.05 * float(np.abs(weights).mean()))
         return seen[-1]
 
-    simplex = np.vstack([np.zeros(count), 0.5 * np.eye(count)])
+    simplex = np.vstack([np.zeros(count), 0.2 * np.eye(count)])
     options = {"maxfev": budget, "initial_simplex": simplex}
     found = minimize(objective, np.zeros(count), method="Nelder-Mead", bounds=[(-1.5, 1.5)] * count, options=options)
     return found.x.tolist(), seen

@@ -112,6 +112,12 @@ class Bench:
         a = self.arguments
         return Composer(self.base, given, "isotropic", a.exclude, include=a.include or (), rounding=a.rounding)
 
+    def fixed(self, vectors: Sequence[TaskVector]) -> Composer | LowRankComposer:
+        """For one given coefficient (`set_all`); LoRA vectors stay factors, so that the base may be quantised."""
+        if all(len(vector.low_rank) == len(vector) for vector in vectors):
+            return LowRankComposer(self.base, vectors)
+        return self.isotropic(vectors)
+
     def tasks(self, rows: Dataset, tasks: Collection[str]) -> Dataset:
         return rows.filter(lambda task: task in tasks, input_columns="task")
 
@@ -169,7 +175,7 @@ class Bench:
         if not self.wanted(section, name, task):
             return
         start = time.perf_counter()
-        composer = self.isotropic(vectors)
+        composer = self.fixed(vectors)
         curve = []
         for alpha in ALPHAS:
             set_all(composer, sign * alpha)
@@ -182,7 +188,7 @@ class Bench:
         composer.remove()
 
 
-def set_all(composer: Composer, value: float) -> None:
+def set_all(composer: Composer | LowRankComposer, value: float) -> None:
     with torch.no_grad():
         composer.coefficients.fill_(value)
     composer.compose()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,11 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from .blocks import split_blocks
 from .partition import partition_indices
+from .shards import local_part, plain_name, shard_bounds
 from .sources import Resident, Stream, align
 from .task_vector import Entry, TaskVector
 
@@ -60,7 +64,8 @@ class Composer:
         dtype: type in which sums and contractions are computed, and of the coefficients; fp32 (fp64 for a model with
             fp64 weights) unless given.
         placement: "resident" keeps the vectors beside the model; "stream" reads them tile by tile from `stream_file`,
-            a block-major file that is made once and reused as long as it holds the same vectors. Same results.
+            a block-major file that is made once and reused as long as it holds the same vectors (without a name: a
+            temporary file that goes with the composer). Same results.
         rounding: how sums become weights of a narrower type: "nearest", or "stochastic" (for bf16 weights in training:
             steps smaller than half a unit in the last place are else lost, spec 4.3).
         partitions: K > 1 gives every block K coefficients, for element groups drawn by a hash (paper: aTLAS x K).
@@ -96,8 +101,8 @@ class Composer:
             raise ValueError("no task vectors to compose; give at least one")
         if placement not in ("resident", "stream"):
             raise ValueError(f"unknown placement {placement!r}; known: resident, stream")
-        if (placement == "stream") != (stream_file is not None):
-            raise ValueError("placement='stream' needs a stream_file, and no other placement takes one")
+        if placement != "stream" and stream_file is not None:
+            raise ValueError("a stream_file is for placement='stream' only")
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"unknown rounding {rounding!r}; known: nearest, stochastic")
         if partitions < 1:
@@ -115,9 +120,13 @@ class Composer:
         first = next(iter(composed.values()))
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
         self._source: Resident | Stream
-        if stream_file is None:
+        if placement == "resident":
             self._source = Resident(vectors, composed)
         else:
+            if stream_file is None:
+                folder = tempfile.mkdtemp(prefix="steerbook-")
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                stream_file = Path(folder) / "vectors_by_block.safetensors"
             self._source = Stream(vectors, list(composed), Path(stream_file))
         shape = (len(vectors), len(cut)) + ((partitions,) if partitions > 1 else ())
         self.coefficients = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=first.device))
@@ -135,7 +144,7 @@ class Composer:
         """Write the weights of the present coefficients into the model: summed in `dtype`, rounded once."""
         self.compositions += 1
         for slot in self._slots:
-            weights = _local(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
+            weights = local_part(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
             for start, stop in self._tiles(slot):
                 base = slot.base[start:stop].to(weights.device, self.dtype)
                 value = base + self._sum(slot, start, stop, weights.device)
@@ -152,9 +161,9 @@ class Composer:
         if not keep:
             with torch.no_grad():
                 for slot in self._slots:
-                    _local(slot.parameter).reshape(-1).copy_(slot.base)
+                    local_part(slot.parameter).reshape(-1).copy_(slot.base)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._trained[_plain(name)])
+            parameter.requires_grad_(self._trained[plain_name(name)])
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -210,11 +219,11 @@ class Composer:
             ValueError: sharded along another dimension than the first.
         """
         self._detach()
-        parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         for slot in self._slots:
             slot.parameter = parameters[slot.name]
             if isinstance(slot.parameter, DTensor):
-                start, stop = _shard(slot.name, slot.parameter)
+                start, stop = shard_bounds(slot.name, slot.parameter)
                 slot.base, slot.start = slot.base[start:stop].clone(), start
                 self._source.keep(slot.name, start, stop)
         self._attach(model)
@@ -225,7 +234,7 @@ class Composer:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in composed)
         for slot in self._slots:
-            if not _local(slot.parameter).is_contiguous():
+            if not local_part(slot.parameter).is_contiguous():
                 slot.parameter.data = slot.parameter.data.contiguous()
             slot.parameter.grad = None  # one from before would be added to the first
             setattr(slot.parameter, MARK, True)
@@ -243,7 +252,7 @@ class Composer:
         @torch.no_grad()
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradient = _local(parameter.grad).reshape(-1)
+            gradient = local_part(parameter.grad).reshape(-1)
             if self.coefficients.grad is None:
                 self.coefficients.grad = torch.zeros_like(self.coefficients)
             column = self.coefficients.grad[:, slot.block]
@@ -277,27 +286,6 @@ class Composer:
         size, step = slot.base.numel(), max(1, values // len(self.coefficients))
         for start in range(0, size, step):
             yield start, min(size, start + step)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what wrappers (activation checkpointing, torch.compile) put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _shard(name: str, parameter: DTensor) -> tuple[int, int]:
-    """First and last element, in the flat whole tensor, of this process's part."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if any(not (isinstance(p, Shard) and p.dim == 0) for p in parameter.placements):
-        raise ValueError(f"{name} is sharded as {parameter.placements}; composition knows rows only (FSDP2's default)")
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    row = parameter.shape[1:].numel()
-    start = offset[0] * row
-    return start, start + torch.Size(shape).numel()
 
 
 def _stochastic(value: Tensor, seed: int) -> Tensor:

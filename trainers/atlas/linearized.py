@@ -36,7 +36,7 @@ def linearized_step(
         return functional_call(composer.model, weights, (), dict(inputs), tie_weights=True)[output]
 
     with torch.no_grad():
-        at_base, change = jvp(forward, (values,), (directions,))
+        at_base, change = jvp(forward, (values,), (directions,))  # type: ignore[misc]
     linear = (at_base + change).detach().requires_grad_()
     value = loss(linear)
     (cotangent,) = torch.autograd.grad(value, linear)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import split_blocks
-from .task_vector import Entry, LazyTensors, LowRank, TaskVector, matched
+from .entries import Entry, LazyTensors, LowRank
+from .sources import align
+from .task_vector import TaskVector
 
 
 def random_vectors(count: int, budget: int, seed: int) -> list[int]:
@@ -48,7 +50,8 @@ def gradient_scores(
     Returns:
         The scores, and the blocks (name -> parameters) of their columns.
     """
-    cut = split_blocks(model, matched(vectors[0], model), blocks, (), exclude)
+    targets, vectors = align(vectors, model)
+    cut = split_blocks(model, targets, blocks, (), exclude)
     parameters = dict(model.named_parameters())
     trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
     wanted = {name for names in cut.values() for name in names}
@@ -65,7 +68,7 @@ def gradient_scores(
             for column, names in enumerate(cut.values()):
                 for name in names:
                     gradient = parameters[name].grad
-                    if gradient is not None:
+                    if gradient is not None and name in vector:
                         scores[row, column] += _product(gradient / count, vector[name])
     finally:
         for name, parameter in parameters.items():
@@ -109,6 +112,7 @@ class _Picked(LazyTensors):
     def __init__(self, vectors: Sequence[TaskVector], owner: Mapping[str, int]) -> None:
         self.vectors, self.owner = vectors, owner
         self.shapes = {name: vectors[number].shapes[name] for name, number in owner.items()}
+        self.low_rank = frozenset(name for name, number in owner.items() if name in vectors[number].low_rank)
 
     def __getitem__(self, name: str) -> Entry:
         return self.vectors[self.owner[name]][name]

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..multitask import MultiTaskConfig, MultiTaskTrainer
+from ..training import own_forward
 from .coefficients import save_coefficients
 from .composer import Composer
 from .low_rank import LowRankComposer
@@ -82,11 +83,12 @@ def fit_coefficients(
     set_seed(args.seed)
     if keep is not None:
         args.save_strategy = "no"
-    trainer = AtlasTrainer(composer, args, text_columns(rows), tokenizer, None if keep is None else [keep])
-    if (out_dir / FINISHED).exists():
-        trainer._load_from_checkpoint(str(out_dir))
-        return Fit(**json.loads((out_dir / FINISHED).read_text()))
-    return _run(trainer, out_dir, composer.coefficients.numel())
+    with own_forward(bare(composer.model)):
+        trainer = AtlasTrainer(composer, args, text_columns(rows), tokenizer, None if keep is None else [keep])
+        if (out_dir / FINISHED).exists():
+            trainer._load_from_checkpoint(str(out_dir))
+            return Fit(**json.loads((out_dir / FINISHED).read_text()))
+        return _run(trainer, out_dir, composer.coefficients.numel())
 
 
 def fine_tune(
@@ -108,9 +110,16 @@ def fine_tune(
     tuned: Any = copy.deepcopy(model).requires_grad_(True)
     if peft_config is not None:
         tuned = get_peft_model(tuned, peft_config)
-    trainer = MultiTaskTrainer(tuned, args, text_columns(rows), processing_class=tokenizer)
-    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    return tuned.eval(), _run(trainer, out_dir, trained, save=args.save_strategy != "no")
+    with own_forward(bare(tuned)):
+        trainer = MultiTaskTrainer(tuned, args, text_columns(rows), processing_class=tokenizer)
+        trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        fit = _run(trainer, out_dir, trained, save=args.save_strategy != "no")
+    return tuned.eval(), fit
+
+
+def bare(model: Any) -> Any:
+    """The model inside a `PeftModel`, or the model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def save_composition(folder: Path, composer: Composer | LowRankComposer, sources: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,18 +38,17 @@ def embedded_vectors(
     fingerprint: str,
     args: MultiTaskConfig,
     making: Making,
-    report: Callable[[str], None],
 ) -> dict[str, TaskVector]:
     """Task -> vector, fine-tuned from `base` on that task's rows.
 
     Args:
         rows: of all tasks (column `task`); `fingerprint` names their content.
         args: steps, batch and seed of each fit; its `output_dir` is not used.
-        report: told when a vector is there.
     """
     settings = {
         "format": FORMAT, "base": model_fingerprint(base), "rows": fingerprint, "seed": args.seed,
-        "steps": args.max_steps, "rows_a_step": args.per_device_train_batch_size, **vars(making),
+        "steps": args.max_steps, "rows_a_step": args.per_device_train_batch_size, "eos": args.train_eos,
+        "warmup": args.warmup_steps, **vars(making),
     }  # fmt: skip
     vectors = {}
     for task in dict.fromkeys(rows["task"]):
@@ -67,8 +66,30 @@ def embedded_vectors(
 
         folder = build_once("task-vector", {**settings, "task": task}, build)
         vectors[task] = TaskVector.load(folder / "vector.safetensors")
-        report(task)
     return vectors
+
+
+def competent_base(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    fingerprint: str,
+    args: MultiTaskConfig,
+    learning_rate: float,
+) -> PreTrainedModel:
+    """The base after a little joint fine-tuning on all tasks, built once and cached: something to forget from."""
+    settings = {
+        "format": FORMAT, "base": model_fingerprint(base), "rows": fingerprint, "seed": args.seed,
+        "steps": args.max_steps, "rows_a_step": args.per_device_train_batch_size, "eos": args.train_eos,
+        "warmup": args.warmup_steps, "learning_rate": learning_rate,
+    }  # fmt: skip
+
+    def build(folder: Path) -> None:
+        tuned, _ = fine_tune(base, tokenizer, rows, args, folder / "fit", learning_rate=learning_rate)
+        tuned.save_pretrained(folder)
+
+    folder = build_once("competent-base", settings, build)
+    return type(base).from_pretrained(folder).eval()
 
 
 def given_vectors(
@@ -89,7 +110,7 @@ def given_vectors(
         if name in vectors:
             raise ValueError(f"--task_vectors: two are called {name!r}; name them, as in code={path}")
         vectors[name] = task_vector(model.model_name_or_path, path, base_revision=model.model_revision, dtype=kept)
-    low_rank = all(isinstance(next(iter(vector.values())), LowRank) for vector in vectors.values())
+    low_rank = all(len(vector.low_rank) == len(vector) for vector in vectors.values())
     return vectors, vectors if low_rank else {}
 
 

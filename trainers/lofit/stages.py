@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..fingerprint import model_fingerprint
+from ..training import own_forward
 from .config import LofitConfig
 from .selection import HeadSelection, learned_scores, top_heads
 from .trainer import LofitDPOConfig, LofitDPOTrainer, LofitSFTConfig, LofitSFTTrainer
@@ -64,19 +65,15 @@ def fit(
         return Fit(tuned, done["log"], done["seconds"], done["trained"])
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    forward = vars(base).get("forward")
     set_seed(args.seed)  # initial values are drawn before the Trainer seeds itself; no arm depends on those before it
-    trainer = make_trainer(model, tokenizer, rows, args, peft_config)
-    if args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
-    seconds = time.perf_counter() - start
-    tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    # TRL has put its fused head around the base's forward; taken off again, arm after arm can use the same base.
-    vars(base).pop("forward", None)
-    if forward is not None:
-        base.forward = forward
+    with own_forward(base):
+        trainer = make_trainer(model, tokenizer, rows, args, peft_config)
+        if args.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+        seconds = time.perf_counter() - start
+        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     if peft_config is not None:
         trainer.save_model(str(out_dir))

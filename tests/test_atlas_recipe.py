@@ -1,0 +1,331 @@
+"""recipes/atlas.py as a user runs it: the smoke preset by `accelerate launch`, own models and files, bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+
+from steerbook.data_builders.atlas import AtlasDataArguments, build
+from steerbook.eval.atlas import evaluate
+from steerbook.trainers import Composer, TaskVector
+from steerbook.trainers.atlas.coefficients import apply_coefficients, load_coefficients
+from steerbook.trainers.atlas.extract import task_vector
+from steerbook.trainers.tiny_lm import build_tokenizer
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "recipes" / "configs" / "atlas").glob("l*.yaml"))}
+CONFIGS |= {path.stem: path for path in sorted((ROOT / "recipes" / "configs" / "atlas").glob("q*.yaml"))}
+SCREEN = 30
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script, imported by its path: `recipes/` is not a package."""
+    spec = importlib.util.spec_from_file_location("atlas_recipe", ROOT / "recipes" / "atlas.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
+        spec.loader.exec_module(module)
+        yield module
+
+
+# ---- the embedded world ----
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe") / "smoke"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/atlas.py", "--preset", "smoke"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder)], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_smoke_shows_an_honest_table(smoke):
+    folder, output = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "finished" and results["toy"] is True and results["recipe"] == "atlas"
+    before, after = results["metrics"]["before"]["accuracy"], results["metrics"]["after"]["accuracy"]
+    assert after["value"] > before["value"] + 0.05
+    assert {"best single alpha", "learned isotropic", "joint fine-tuning"} <= set(results["metrics"]["baselines"])
+    assert results["claims"] == [] and "Claims are judged from three seeds on" in output
+    assert "shows nothing about large models" in output
+    assert str(folder.parent) not in (folder / "results.json").read_text()
+    assert {"addition.png", "alpha.png", "disentanglement.png"} <= {p.name for p in (folder / "figures").iterdir()}
+
+
+def test_smoke_leaves_coefficients_that_apply_again(smoke):
+    folder, _ = smoke
+    seed = folder / "seed_42"
+    record = json.loads((seed / "addition_atlas" / "measured.json").read_text())
+    saved = load_coefficients(seed / "addition_atlas" / "coefficients.json")
+    assert saved.values == record["coefficients"] and list(saved.blocks) == record["block_names"]
+    assert saved.sources == record["vectors"] and len(saved.sources) == 8
+    assert not any("embed" in name for name in record["block_names"])
+    matrix = record["disentanglement"]
+    assert [matrix[i][i] for i in range(8)] == [0.0] * 8
+
+
+def test_a_finished_folder_is_shown_not_overwritten(smoke, recipe, capsys):
+    folder, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    recipe.main(["--preset", "smoke", "--output_dir", str(folder)])
+    output = capsys.readouterr().out
+    assert "is finished" in output and "aTLAS" in output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+# ---- own models and files ----
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.2}  # fmt: skip
+SKILLS = ("chat", "code", "maths")
+
+
+def save_model(folder: Path, config=None, seed: int = 0) -> Path:
+    tokenizer = build_tokenizer([], "byte")
+    config = config or LlamaConfig(**SMALL)
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(tokenizer), 0, 1, 2
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tuned_copy(base: Path, folder: Path, seed: int, change: Callable | None = None) -> Path:
+    """A "fine-tune": the base with small random changes everywhere."""
+    save = {name: tensor.clone() for name, tensor in load_file(base / "model.safetensors").items()}
+    torch.manual_seed(seed)
+    moved = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in save.items()}
+    folder.mkdir(parents=True)
+    for file in base.iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    save_file(change(moved) if change else moved, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_task(path: Path, name: str, count: int = 20) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"{name} {number}:", "completion": f" {name[number % len(name)]}"} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a base, three fine-tunes, and a file of rows for each."""
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "base")
+    for number, skill in enumerate(SKILLS, 1):
+        tuned_copy(folder / "base", folder / "vectors" / skill, number)
+        write_task(folder / "data" / f"{skill}.jsonl", skill)
+    return folder
+
+
+@pytest.fixture
+def flags(world, tmp_path) -> list[str]:
+    return [
+        "--base", str(world / "base"), "--task_vectors", *(f"{s}={world}/vectors/{s}" for s in SKILLS),
+        "--tasks", *(f"{s}={world}/data/{s}.jsonl" for s in SKILLS), "--output_dir", str(tmp_path / "run"),
+        "--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--use_cpu", "true",
+        "--arms", "tuned", "alpha", "isotropic", "atlas",
+    ]  # fmt: skip
+
+
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_own_models_and_files(recipe, flags, world, tmp_path):
+    recipe.main([*flags, "--sections", "addition", "negation", "--forget", "chat", "--negation_steps", "2"])
+    found = results(tmp_path)
+    assert found["status"] == "finished" and found["toy"] is False
+    assert found["arguments"]["tasks"] and str(world) not in json.dumps(found)
+    # The coefficients, on a composer made anew, give the measured samples again.
+    seed = tmp_path / "run" / "seed_42"
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    composer = Composer(model, [task_vector(str(world / "base"), str(world / "vectors" / s)) for s in SKILLS])
+    apply_coefficients(composer, load_coefficients(seed / "addition_atlas" / "coefficients.json"))
+    measured = json.loads((seed / "addition_atlas" / "measured.json").read_text())["splits"]["test"]
+    tasks = [f"{skill}={world}/data/{skill}.jsonl" for skill in SKILLS]
+    rows = build(AtlasDataArguments(tasks=tasks))["test"].to_list()
+    assert [row["id"] for row in rows] == [sample["id"] for sample in measured]
+    again = evaluate(model, tokenizer, rows)["samples"]
+    assert [s["correct"] for s in again] == [s["correct"] for s in measured]
+    for one, other in zip(again, measured, strict=True):
+        assert one["nats"] == pytest.approx(other["nats"], abs=1e-4)
+
+
+def test_interrupted_run_continues_without_repeating(recipe, flags, tmp_path, monkeypatch):
+    original, calls = recipe.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(flags)
+    assert stop.value.code not in (None, 0) and results(tmp_path)["status"] == "interrupted"
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("seed_*/*/measured.json")}
+    assert done
+    recipe.main(flags)
+    assert results(tmp_path)["status"] == "finished"
+    after = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("seed_*/*/measured.json")}
+    assert done.items() < after.items()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_runs_on_a_tiny_model_of_its_family(recipe, tmp_path, name):
+    content = yaml.safe_load(CONFIGS[name].read_text())
+    assert len(content["task_vectors"]) == 8
+    first = CONFIGS[name].read_text().splitlines()[1]
+    assert first == f"#   accelerate launch recipes/atlas.py --config recipes/configs/atlas/{name}.yaml"
+    assert recipe.parse(["--config", str(CONFIGS[name]), "--use_cpu", "true"]).vectors.base == content["base"]
+
+    config = Qwen2Config(**SMALL) if "qwen" in name else LlamaConfig(**SMALL, tie_word_embeddings="1b" in name)
+    base = save_model(tmp_path / "base", config)
+    vectors, tasks = [], []
+    for number, entry in enumerate(content["task_vectors"]):
+        skill = entry.partition("=")[0]
+        folder = tmp_path / "vectors" / skill
+        if "atlas_lora" in content["arms"]:
+            torch.manual_seed(number)
+            adapter = get_peft_model(
+                AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False)
+            )
+            adapter.save_pretrained(folder)
+        else:
+            tuned_copy(base, folder, number + 1)
+        vectors.append(f"{skill}={folder}")
+        tasks.append(f"{skill}={write_task(tmp_path / 'data' / f'{skill}.jsonl', skill, 12)}")
+    recipe.main([
+        "--config", str(CONFIGS[name]), "--base", str(base), "--task_vectors", *vectors, "--tasks", *tasks,
+        "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--search_budget", "3", "--use_cpu", "true",
+        "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--bf16", "false",
+    ])  # fmt: skip
+    found = results(tmp_path)
+    assert found["status"] == "finished"
+    ran = {file.parent.name for file in (tmp_path / "run" / "seed_42").glob("*/measured.json")}
+    assert {f"addition_{arm}" for arm in content["arms"] if arm != "tuned"} <= ran
+
+
+def test_dry_run_shows_bytes_and_leaves_nothing(recipe, flags, tmp_path, capsys):
+    recipe.main([*flags, "--dry_run", "true"])
+    output = capsys.readouterr().out
+    for text in ("[", "Coefficients: ", "resident: task vectors", "moved a step"):
+        assert text in output
+    assert not (tmp_path / "run").exists()
+
+
+# ---- bad input ----
+
+
+@pytest.fixture
+def error(recipe, capsys) -> Callable[..., str]:
+    """Calls the recipe, which must stop with an error of at most a screen; returns its text."""
+
+    def call(*argv: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            recipe.main([str(arg) for arg in argv])
+        code = caught.value.code
+        text = code if isinstance(code, str) else capsys.readouterr().err
+        assert code not in (None, 0) and "error: " in text and "Traceback" not in text
+        assert len(text.splitlines()) <= SCREEN and len(text) < 80 * SCREEN
+        return text
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--sections", "adition"], ["adition", "fewshot"]),
+        (["--arms", "dora"], ["dora", "isotropic"]),
+        (["--shots", "0"], ["--shots", "0"]),
+        (["--nonsense", "1"], ["--nonsense"]),
+        (["--base", "somewhere"], ["--base", "--task_vectors"]),
+        (["--task_vectors", "a=b"], ["--base", "--task_vectors"]),
+        (["--use_peft", "true"], ["--use_peft"]),
+    ],
+)
+def test_flags(error, argv, parts):
+    text = error(*argv)
+    assert all(part in text for part in parts)
+
+
+def replaced(flags: list[str], old: str, new: str) -> list[str]:
+    return [new if flag == old else flag for flag in flags]
+
+
+def test_a_vector_that_is_not_there(error, flags, world):
+    text = error(*replaced(flags, f"code={world}/vectors/code", f"code={world}/vectors/none"))
+    assert "vectors/none" in text and "no such folder" in text
+
+
+def test_two_vectors_of_one_name(error, flags, world):
+    assert "'chat'" in error(*replaced(flags, f"code={world}/vectors/code", f"{world}/vectors/chat"))
+
+
+def test_a_vector_of_another_base(error, flags, world, tmp_path):
+    other = save_model(tmp_path / "other", seed=9)
+    task_vector(str(other), str(tuned_copy(other, tmp_path / "theirs", 3))).save(tmp_path / "theirs.safetensors")
+    text = error(*replaced(flags, f"code={world}/vectors/code", f"code={tmp_path}/theirs.safetensors"))
+    assert "was made from the base" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda t: {n: x for n, x in t.items() if "layers.1.mlp.up_proj" not in n}, ["layers.1.mlp.up_proj"]),
+        (lambda t: {**t, "model.norm.weight": t["model.norm.weight"] * float("nan")}, ["model.norm.weight", "NaN"]),
+        (
+            lambda t: {**t, "model.embed_tokens.weight": t["model.embed_tokens.weight"][:-3]},
+            ["embed_tokens", "vocabular"],
+        ),
+    ],
+    ids=["missing tensor", "NaN", "other vocabulary"],
+)
+def test_a_vector_that_is_not_whole(error, flags, world, tmp_path, change, parts):
+    bad = tuned_copy(world / "base", tmp_path / "bad", 5, change)
+    text = error(*replaced(flags, f"code={world}/vectors/code", f"code={bad}"))
+    assert all(part in text for part in parts)
+
+
+def test_a_vector_of_zeros(error, flags, world, tmp_path):
+    same = tuned_copy(world / "base", tmp_path / "same", 5, lambda t: load_file(world / "base" / "model.safetensors"))
+    assert "base and tuned model are the same" in error(*replaced(flags, f"code={world}/vectors/code", f"code={same}"))
+
+
+def test_one_corrupt_file_among_many(error, flags, world, tmp_path):
+    bad = tuned_copy(world / "base", tmp_path / "cut", 5)
+    content = (bad / "model.safetensors").read_bytes()
+    (bad / "model.safetensors").write_bytes(content[: len(content) // 2])
+    text = error(*replaced(flags, f"code={world}/vectors/code", f"code={bad}"))
+    assert "model.safetensors" in text and "cut" in text
+
+
+def test_saved_vectors_are_taken_too(recipe, flags, world, tmp_path):
+    file = tmp_path / "code.safetensors"
+    task_vector(str(world / "base"), str(world / "vectors" / "code")).save(file)
+    recipe.main([*replaced(flags, f"code={world}/vectors/code", str(file)), "--arms", "atlas"])
+    record = json.loads((tmp_path / "run" / "seed_42" / "addition_atlas" / "measured.json").read_text())
+    assert record["vectors"] == list(SKILLS)
+    assert isinstance(TaskVector.load(file), TaskVector)
