@@ -48,11 +48,11 @@ from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
 # Chosen on dev rows of the worlds 10 to 13; the worlds reported are 0 to 2.
 SKILLS = {
-    "sections": list(SECTIONS), "max_steps": 200, "per_device_train_batch_size": 128, "learning_rate": 0.2,
-    "isotropic_learning_rate": 0.1, "adamerging_learning_rate": 1e-2, "joint_learning_rate": 1e-3, "other_steps": 100,
-    "search_budget": 40, "shot_learning_rate": 2e-4, "lora_learning_rate": 1e-3, "forget": ["max", "dup", "cnt"],
-    "negation_learning_rate": 0.1, "negation_cap": 3.0, "negation_retain": 10.0, "negation_steps": 40,
-    "max_length": 32, "train_eos": False, "save_strategy": "no", "logging_steps": 10,
+    "sections": list(SECTIONS), "max_steps": 100, "per_device_train_batch_size": 128, "learning_rate": 0.2,
+    "isotropic_learning_rate": 0.1, "adamerging_learning_rate": 1e-2, "joint_learning_rate": 1e-3, "other_steps": 60,
+    "search_budget": 40, "data_steps": 40, "shot_steps": 40, "shot_learning_rate": 2e-4, "lora_learning_rate": 1e-3,
+    "forget": ["max", "dup", "cnt"], "negation_learning_rate": 0.1, "negation_cap": 3.0, "negation_retain": 10.0,
+    "negation_steps": 40, "max_length": 32, "train_eos": False, "save_strategy": "no", "logging_steps": 10,
     "eval_batch_size": 512}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (True, "default"): SKILLS | {"seeds": [0, 1, 2]},

@@ -138,8 +138,9 @@ def load_vectors(settings: Settings, data: Any, clip: Any, zero_shot: ZeroShot, 
     """Name -> vector."""
     if settings.base.task_vectors is not None:
         return given_image_vectors(clip, settings.base.task_vectors)
-    steps = 1 if settings.recipe.dry_run else MAKING[settings.data.world]
-    args = changed(settings.training, max_steps=steps, warmup_steps=10, weight_decay=0.05, seed=seed)
+    dry = settings.recipe.dry_run  # one step, without warm-up: a vector of zeros would be refused
+    steps, warmup = (1, 0) if dry else (MAKING[settings.data.world], 10)
+    args = changed(settings.training, max_steps=steps, warmup_steps=warmup, weight_decay=0.05, seed=seed)
     content = fingerprint(images.without_images(data)["train"])
     return image_vectors(clip, zero_shot, data["train"], content, args, 2e-3, lambda task: report(f"vector {task}"))
 
@@ -217,6 +218,7 @@ def main(argv: list[str]) -> None:
         toy = settings.base.base is None
         if toy:
             quiet_libraries()
+            training.disable_tqdm = True
         data = [images.build(images.of_seed(settings.data, seed)) for seed in seeds]
         counts = {split: len(rows) for split, rows in data[0].items()}
         if settings.recipe.dry_run:

@@ -533,7 +533,14 @@ def test_the_config_runs_on_a_tiny_clip(recipe, tmp_path, capsys):
     assert {"aTLAS, UFM", "LayerNorm tuning, UFM"} <= {key.split(": ")[-1] for key in results["metrics"]["adaptation"]}
 
 
-def test_recipe_input(recipe, capsys):
+def test_dry_run_on_the_digits(recipe, tmp_path, capsys):
+    recipe.main(["--preset", "smoke", "--dry_run", "--output_dir", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "Coefficients: 216 (3 task vectors, 72 blocks)" in shown and "left 0: a photo of the digit zero." in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_input(recipe):
     for argv, message in (
         (["--base", "x"], "--base, --task_vectors and --tasks go together"),
         (["--ufm", "true"], "--ufm has no effect here"),

@@ -132,6 +132,7 @@ def test_house_style(path):
 
 def test_public_names_of_the_trainers():
     assert set(steerbook.trainers.__all__) >= {
+        "AtlasConfig", "AtlasTrainer", "Composer", "LowRankComposer", "TaskVector",
         "HeadSelection", "LofitConfig", "LofitDPOConfig", "LofitDPOTrainer", "LofitSFTConfig", "LofitSFTTrainer",
         "export_merged", "newest_complete_checkpoint",
     }  # fmt: skip
@@ -157,6 +158,15 @@ def test_public_names_of_the_trainers():
         ("trainers.lofit.red", ["red_model"]),
         ("trainers.lofit.selection", ["grid", "layer_matched_heads", "learned_scores", "random_heads", "top_heads"]),
         ("trainers.lofit.stages", ["Fit", "fit", "fit_scales"]),
+        ("trainers.atlas", ["BLOCKS", "Composer", "LowRank", "TaskVector", "split_blocks"]),
+        ("trainers.atlas.arguments", ["ARMS", "SECTIONS", "ArmArguments", "arm_key"]),
+        ("trainers.atlas.bench", ["Arm", "Bench"]),
+        ("trainers.atlas.coefficients", ["apply_coefficients", "load_coefficients", "save_coefficients"]),
+        ("trainers.atlas.export", ["export_adapter", "export_folded", "mergekit_yaml"]),
+        ("trainers.atlas.extract", ["task_vector"]),
+        ("trainers.atlas.linearized", ["linearized_step"]),
+        ("trainers.atlas.selection", ["blockwise_vectors", "gradient_scores", "vectors_by_feature"]),
+        ("trainers.multitask", ["MultiTaskConfig", "MultiTaskTrainer"]),
         ("trainers.tiny_lm", ["TinyConfig", "tiny_lm"]),
         ("trainers.training", ["FiniteTrainer", "HouseArguments", "NonFiniteError"]),
         ("trainers.checkpoints", ["newest_complete_checkpoint"]),
@@ -165,6 +175,8 @@ def test_public_names_of_the_trainers():
         ("trainers.base_model", ["load_base"]),
         ("data_builders.lofit", ["LofitDataArguments", "build"]),
         ("eval.lofit", ["evaluate", "exact_match", "head_overlap", "multiple_choice"]),
+        ("data_builders.atlas", ["AtlasDataArguments", "build"]),
+        ("eval.atlas", ["accuracy", "classify", "disentanglement", "evaluate", "normalised", "predicted"]),
         ("eval.choices", ["choice_logprobs"]),
     ],
 )

@@ -3,6 +3,8 @@
 from importlib import import_module
 
 _MODULES = {
+    "AtlasConfig": "atlas.trainer",
+    "AtlasTrainer": "atlas.trainer",
     "Composer": "atlas",
     "HeadSelection": "lofit",
     "LofitConfig": "lofit",
@@ -10,6 +12,7 @@ _MODULES = {
     "LofitDPOTrainer": "lofit",
     "LofitSFTConfig": "lofit",
     "LofitSFTTrainer": "lofit",
+    "LowRankComposer": "atlas.low_rank",
     "TaskVector": "atlas",
     "export_merged": "lofit",
     "newest_complete_checkpoint": "checkpoints",
