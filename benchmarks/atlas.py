@@ -156,7 +156,7 @@ def check(model: LlamaForCausalLM) -> float:
 
 
 def resident(kind: str) -> int:
-    """Bytes this process holds ("VmRSS") or has held at most ("VmHWM"); getrusage's peak is inherited from a parent."""
+    """Bytes this process holds (VmRSS) or has held at most (VmHWM); getrusage's peak is inherited from a parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
