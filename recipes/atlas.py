@@ -117,6 +117,24 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
+def check_tasks(settings: Settings, data: Any) -> None:
+    """Before any time is spent: ValueError for a section that these tasks and vectors do not allow."""
+    known = set(data["test"].filter(lambda role: role == "known", input_columns="role")["task"])
+    sections, forget = settings.arms.sections, settings.arms.forget or []
+    given = known
+    if settings.vectors.task_vectors is not None:
+        given = {source.rpartition("=")[0] for source in settings.vectors.task_vectors} & known
+    if "negation" in sections and not forget:
+        raise ValueError("--sections negation needs --forget: the tasks to negate, one after the other")
+    unknown = sorted(set(forget) - given)
+    if "negation" in sections and unknown:
+        raise ValueError(
+            f"--forget {unknown[0]}: no task with a vector of its own; there are {', '.join(sorted(given)) or 'none'}"
+        )
+    if "fewshot" in sections and set(data["test"]["task"]) == known:
+        raise ValueError("--sections fewshot needs --new_tasks name=PATH: tasks without a vector")
+
+
 def load(settings: Settings, args: AtlasDataArguments, data: Any, seed: int, keep_in: Path | None = None) -> Any:
     """Base model and tokenizer: a real one, or the tiny one of this seed."""
 
@@ -234,6 +252,7 @@ def main(argv: list[str]) -> None:
         toy = settings.model.model_name_or_path is None
         args = [atlas_data.of_seed(settings.data, seed) for seed in seeds]
         data = [atlas_data.build(one) for one in args]
+        check_tasks(settings, data[0])
         if settings.recipe.dry_run:
             quiet_libraries()
             model, tokenizer = load(settings, args[0], data[0], seeds[0])

@@ -280,6 +280,20 @@ def test_a_vector_that_is_not_there(error, flags, world):
     assert "vectors/none" in text and "no such folder" in text
 
 
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--sections", "negation"], ["--forget"]),
+        (["--sections", "negation", "--forget", "chess"], ["--forget chess", "chat, code, maths"]),
+        (["--sections", "fewshot"], ["--new_tasks"]),
+    ],
+)
+def test_a_section_that_the_tasks_do_not_allow(error, flags, tmp_path, more, parts):
+    text = error(*flags, *more)
+    assert all(part in text for part in parts)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_vectors_of_one_name(error, flags, world):
     assert "'chat'" in error(*replaced(flags, f"code={world}/vectors/code", f"{world}/vectors/chat"))
 

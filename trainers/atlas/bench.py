@@ -100,7 +100,7 @@ class Bench:
     def composer(self) -> Composer | LowRankComposer:
         """What the flags describe; LoRA vectors stay factors."""
         vectors = list(self.vectors.values())
-        if self.lora_vectors == self.vectors:
+        if self.lora_vectors is self.vectors:  # all given vectors are LoRA ones
             return LowRankComposer(self.base, vectors, self.arguments.low_rank_mode)
         return self.arguments.composer(
             self.base, vectors, self.args.seed, self.out_dir / "vectors_by_block.safetensors"
