@@ -7,6 +7,7 @@ own, the peak of its resident memory less what it held before the model and the 
 coefficient gradients of all composers are compared before anything is timed. "Original style" is a composer through
 `functional_call` that does what the paper's released code does: fp16 vectors, and for each tensor a sum over vectors
 inside the graph (also shown with fp32 vectors, as all others have them); "stacked" has one contraction a tensor.
+Two batches count: the smallest, and the first that fills the machine, found by plain training's tokens a second.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -33,15 +35,18 @@ from steerbook.files import write_json
 from steerbook.trainers import Composer, TaskVector
 from steerbook.trainers.atlas import LowRank
 from steerbook.trainers.atlas.low_rank import LowRankComposer
+from steerbook.trainers.atlas.one_pass import OnePassAdamW
 from steerbook.trainers.atlas.task_vector import LazyTensors
 
 N = 8
-FULL, SMALL = (16, 128), (1, 32)  # rows x tokens: one that fills the machine, one that does not
+BATCHES = ((1, 32), (1, 128), (2, 128), (4, 128), (8, 128), (16, 128))  # rows x tokens
+FILLED = 0.9  # the machine is full from the first batch on that reaches this share of the best tokens a second
+PLAIN, TUNING = "plain forward + backward", "full fine-tuning (AdamW)"
 BOUNDS = {
-    ("aTLAS", "plain forward + backward", "full"): (0.0, 1.10),
+    ("aTLAS", PLAIN, "full"): (0.0, 1.10),
     ("original style", "aTLAS", "full"): (1.2, float("inf")),
     ("original style", "aTLAS", "small"): (1.6, float("inf")),
-    ("aTLAS, LoRA vectors", "plain forward + backward", "full"): (0.0, 1.0),
+    ("aTLAS, LoRA vectors", TUNING, "full"): (0.0, 1.0),
 }
 
 
@@ -83,21 +88,30 @@ def lora_vectors(model: nn.Module, count: int, rank: int = 4) -> list[TaskVector
     return [TaskVector(dict(factors(seed))) for seed in range(count)]
 
 
-def plain(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
+def plain(model: nn.Module, ids: torch.Tensor, tuning: bool = False) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
     def step() -> float:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        model.zero_grad()
+        if tuning:
+            optimizer.step()
+        optimizer.zero_grad()
         return loss.item()
 
     return step
 
 
-def composed(composer: Composer | LowRankComposer, ids: torch.Tensor) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([composer.coefficients], lr=1e-3)
+def composed(composer: Composer | LowRankComposer, ids: torch.Tensor, one_pass: bool = False) -> Callable[[], float]:
+    if one_pass:
+        assert isinstance(composer, Composer)
+        optimizer: torch.optim.Optimizer = OnePassAdamW(composer, lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW([composer.coefficients], lr=1e-3)
 
     def step() -> float:
-        composer.compose()
+        if not one_pass:
+            composer.compose()
         loss = composer.model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -169,7 +183,7 @@ def memory_of(contender: str, count: int, stream: str) -> None:
     before = resident("VmRSS")
     model = base_model(width, 6)
     vectors = dense_vectors(model, count)
-    if contender == "plain forward + backward":
+    if contender == PLAIN:
         step = plain(model, ids)
     elif contender == "aTLAS":
         step = composed(Composer(model, vectors, exclude=()), ids)
@@ -207,35 +221,46 @@ def main() -> None:
         raise SystemExit(f"error: coefficient gradients differ by {difference:.1e} of the largest; nothing was timed")
     console.print(f"Loss and coefficient gradients of all composers are equal (largest difference {difference:.0e}).")
 
-    seconds: dict[str, dict[str, list[float]]] = {}
     base = base_model()
+    speeds = measure({str(math.prod(shape)): plain(base, torch.randint(512, shape)) for shape in BATCHES},
+                     options.rounds, 3, "cpu")  # fmt: skip
+    rates = {shape: math.prod(shape) / statistics.median(speeds[str(math.prod(shape))]) for shape in BATCHES}
+    full = next(shape for shape in BATCHES if rates[shape] >= FILLED * max(rates.values()))
+    shapes = {"small": BATCHES[0], "full": full, "largest": BATCHES[-1]}
+    listed = ", ".join(f"{math.prod(shape)}: {rate:,.0f}" for shape, rate in rates.items())
+    console.print(f"Plain training, tokens in the batch: tokens a second: {listed}.", highlight=False)
+    console.print(f"The machine is full ({100 * FILLED:.0f} % of the best) from {math.prod(full)} tokens on.")
+
+    seconds: dict[str, dict[str, list[float]]] = {}
     vectors = dense_vectors(base, N)
-    for size, shape in (("full", FULL), ("small", SMALL)):
+    for size, shape in shapes.items():
         ids = torch.randint(512, shape)
         contenders = {
-            "plain forward + backward": plain(copy.deepcopy(base), ids),
+            PLAIN: plain(copy.deepcopy(base), ids),
+            TUNING: plain(copy.deepcopy(base), ids, tuning=True),
             "aTLAS": composed(Composer(copy.deepcopy(base), vectors, exclude=()), ids),
+            "aTLAS, one pass": composed(Composer(copy.deepcopy(base), vectors, exclude=()), ids, one_pass=True),
             "aTLAS, LoRA vectors": composed(LowRankComposer(copy.deepcopy(base), lora_vectors(base, N)), ids),
             "original style": functional(copy.deepcopy(base), vectors, ids, False, torch.float16)[0],
             "original style, fp32": functional(copy.deepcopy(base), vectors, ids, False)[0],
             "stacked": functional(copy.deepcopy(base), vectors, ids, stacked=True)[0],
         }
-        seconds[size] = measure(contenders, options.rounds, 1 if size == "full" else 10, "cpu")
+        seconds[size] = measure(contenders, options.rounds, max(1, 512 // math.prod(shape)), "cpu")
     table = Table(title=f"Llama, {sum(p.numel() for p in base.parameters()):,} parameters, {N} vectors, one thread")
     table.add_column("contender")
-    for shape in (FULL, SMALL):
-        table.add_column(f"ms a step, {shape[0]} x {shape[1]} tokens", justify="right")
+    for size, shape in shapes.items():
+        table.add_column(f"ms a step, {math.prod(shape)} tokens ({size})", justify="right")
         table.add_column("beside plain", justify="right")
     for name in seconds["full"]:
         cells = []
         for size in seconds:
             cells.append(f"{1000 * statistics.median(seconds[size][name]):.1f}")
-            cells.append(f"{ratio(seconds[size], name, 'plain forward + backward'):.2f}")
+            cells.append(f"{ratio(seconds[size], name, PLAIN):.2f}")
         table.add_row(name, *cells)
     console.print(table)
 
     with tempfile.TemporaryDirectory() as folder:
-        names = ("plain forward + backward", "aTLAS", "aTLAS, streaming", "original style", "original style, fp32",
+        names = (PLAIN, "aTLAS", "aTLAS, streaming", "original style", "original style, fp32",
                  "stacked")  # fmt: skip
         peaks = {name: peak(name, N, folder) for name in names}
         streamed = {count: peak("aTLAS, streaming", count, folder) for count in (4, 16)}
@@ -262,8 +287,9 @@ def main() -> None:
     write = {name: {"value": value, "low": low, "high": None if high == float("inf") else high}
              for name, value, low, high in checks}  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"gradient_difference": difference, "seconds": seconds, "peak_bytes": peaks}
-    found |= {"peak_bytes_streaming": streamed, "ratios": write, "torch": torch.__version__}
+    found = {"gradient_difference": difference, "tokens": {size: math.prod(shape) for size, shape in shapes.items()}}
+    found |= {"seconds": seconds, "tokens_a_second": {math.prod(shape): rate for shape, rate in rates.items()}}
+    found |= {"peak_bytes": peaks, "peak_bytes_streaming": streamed, "ratios": write, "torch": torch.__version__}
     write_json(options.out, found)
     console.print(f"All numbers: {options.out}")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders import atlas as atlas_data
 from steerbook.data_builders.atlas import AtlasDataArguments, skills
 from steerbook.data_builders.rows import fingerprint
-from steerbook.eval.atlas import disentanglement, evaluate, predicted
+from steerbook.eval.atlas import completions, disentanglement, evaluate, predicted, task_means
 from steerbook.eval.atlas.report import read_records, show, write_report
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
@@ -42,7 +43,7 @@ from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
 from steerbook.trainers.atlas.vectors import Making, competent_base, embedded_vectors, given_vectors
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
-from steerbook.trainers.multitask import MultiTaskConfig
+from steerbook.trainers.multitask import MultiTaskConfig, tokenised
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
@@ -159,18 +160,18 @@ def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed:
         seed=seed, lr_scheduler_type="cosine", warmup_steps=5, max_length=32, disable_tqdm=True, save_strategy="no",
         train_eos=False,
     )  # fmt: skip
-    rows, content = data["train"], fingerprint(data["train"])
+    content, tasks = fingerprint(data["train"]), list(dict.fromkeys(data["train"]["task"]))
+    rows = cache(partial(tokenised, base, tokenizer, data["train"], args))
     made = []
     for kind, making in MAKING.items():
         wanted = kind == "vector" or {"atlas_lora", "lorahub"} & set(settings.arms.arms)
-        made.append(embedded_vectors(base, tokenizer, rows, content, args, making) if wanted else {})
+        made.append(embedded_vectors(base, tokenizer, rows, tasks, content, args, making) if wanted else {})
         report(f"{len(made[-1])} task vectors ({kind})")
     if "negation" not in settings.arms.sections:
         return *made, base, made[0]
     joint = replace(args, max_steps=20, per_device_train_batch_size=192)
     competent = competent_base(base, tokenizer, rows, content, joint, 4e-4)
-    wanted = rows.filter(lambda task: task in settings.arms.forget, input_columns="task")
-    more = embedded_vectors(competent, tokenizer, wanted, content, args, MAKING["vector"])
+    more = embedded_vectors(competent, tokenizer, rows, settings.arms.forget, content, args, MAKING["vector"])
     report(f"{len(more)} task vectors (to forget)")
     return *made, competent, more
 
@@ -195,8 +196,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         report(f"{key} (measured before)")
 
     def score(model: Any, rows: Any) -> tuple[float, float]:
-        metrics = evaluate(model, tokenizer, rows.to_list(), **scoring)["metrics"]
-        return metrics["accuracy"]["value"], metrics["nats_per_token"]["value"]
+        return task_means(completions(model, tokenizer, rows.to_list(), **scoring))
 
     def rows_of(arm: Arm) -> Any:
         tasks = {arm.task} if arm.task is not None and arm.section != "negation" else set(known)
@@ -208,7 +208,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         max_length=training.max_length, train_eos=training.train_eos, save_strategy="no",
         disable_tqdm=training.disable_tqdm,
     )  # fmt: skip
-    fit, dev = data["fit"], data["dev"]
+    fit, dev = tokenised(base, tokenizer, data["fit"], tuning), data["dev"]
     bench = Bench(base, tokenizer, known, vectors, lora_vectors, fit, dev, training, tuning, settings.arms, folder,
                   score, done)  # fmt: skip
     for section in settings.arms.sections:
@@ -240,7 +240,7 @@ def entangled(arm: Arm, known: list[str], rows: Any, tokenizer: Any, scoring: An
         own = rows.filter(lambda name, task=task: name == task, input_columns="task")
         for other in known:
             arm.keep_vectors([task, other])
-            labels[task, other] = predicted(evaluate(arm.model, tokenizer, own.to_list(), **scoring)["samples"])
+            labels[task, other] = predicted(completions(arm.model, tokenizer, own.to_list(), **scoring))
     arm.keep_vectors(arm.vectors)
     return disentanglement([[labels[task, other] for other in known] for task in known])["matrix"]
 

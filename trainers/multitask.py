@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from .training import FiniteTrainer, HouseArguments
+from .training import FiniteTrainer, HouseArguments, own_forward
 
 
 @dataclass
@@ -37,7 +39,8 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
     so 8 x 1, 4 x 2 and two processes give equal steps. A task without rows in a step adds nothing.
 
     Args: as `trl.SFTTrainer`, `args` with the fields of `MultiTaskArguments`, and
-        train_dataset: with a text column `task` (without it, everything is one task).
+        train_dataset: with a text column `task` (without it, everything is one task); what `tokenised` made of rows
+            is taken as it is.
         task_weights: weight of each task's mean; default 1 for each.
 
     Logs `loss/<task>` and `tokens/<task>` beside TRL's own values.
@@ -66,6 +69,9 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
         weights = dict.fromkeys(self.tasks, 1.0) if task_weights is None else dict(task_weights)
         if set(weights) != set(self.tasks):
             raise ValueError(f"task_weights names {sorted(weights)}, but the rows are of {self.tasks}")
+        if "labels" in train_dataset.column_names:
+            args = copy.copy(args)
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         self.task_weights = torch.tensor([weights[task] for task in self.tasks])
         unscored = None if args.train_eos else self.processing_class.eos_token_id
@@ -129,6 +135,12 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
         super()._set_signature_columns_if_needed()
         if "task" not in self._signature_columns:
             self._signature_columns.append("task")
+
+
+def tokenised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> Dataset:
+    """The rows with `input_ids` and `labels` beside their columns, as TRL makes them: once for many short fits."""
+    with own_forward(model):
+        return MultiTaskTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
 
 
 class _TaskCollator:

@@ -3,6 +3,8 @@
 `python -m steerbook.eval.atlas --model DIR --rows FILE` scores a saved model, composed or not.
 """
 
-from .scores import accuracy, classify, disentanglement, evaluate, normalised, predicted
+from .scores import accuracy, classify, completions, disentanglement, evaluate, normalised, predicted, task_means
 
-__all__ = ["accuracy", "classify", "disentanglement", "evaluate", "normalised", "predicted"]
+__all__ = [
+    "accuracy", "classify", "completions", "disentanglement", "evaluate", "normalised", "predicted", "task_means",
+]  # fmt: skip

@@ -71,8 +71,47 @@ def evaluate(
         each = [sample["nats"] / sample["tokens"] for sample in samples]
         groups = [sample["group"] for sample in samples]
         return {"metrics": perplexity(each, [sample["tokens"] for sample in samples], groups), "samples": samples}
-    samples = _completions(model, tokenizer, rows, batch_size, progress, eos)
+    samples = completions(model, tokenizer, rows, batch_size, progress, eos)
     return {"metrics": accuracy(samples), "samples": samples}
+
+
+def completions(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int = 64,
+    progress: bool = False,
+    eos: bool = False,
+) -> list[dict[str, Any]]:
+    """The samples of `evaluate` for rows with completions."""
+    tokenized = _messages if isinstance(rows[0]["prompt"], list) else _texts
+    prompts, whole = tokenized(tokenizer, rows, eos)
+    # As TRL does: the completion begins where prompt and whole part, be it a token before the end of the prompt.
+    starts = [common_prefix(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
+    for row, start, ids in zip(rows, starts, whole, strict=True):
+        if not 0 < start < len(ids):
+            raise ValueError(
+                f"row {row['id']!r}: no token is left {'of' if start else 'in front of'} the completion "
+                f"{row['completion']!r} behind the prompt {row['prompt']!r}"
+            )
+    scored = score_tokens(model, whole, starts, batch_size=batch_size, progress=progress, unit="completion")
+    samples = []
+    for row, start, ids, scores in zip(rows, starts, whole, scored, strict=True):
+        correct = scores.greedy == list(ids[start:])
+        sample = _sample(row) | {
+            "task": row["task"], "correct": correct, "nats": scores.nats, "tokens": len(ids) - start
+        }  # fmt: skip
+        if not correct:
+            sample["prediction"] = continuation(tokenizer, ids[:start], scores.greedy)
+        samples.append(sample)
+    return samples
+
+
+def task_means(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The values of `accuracy` and `nats_per_token` of `accuracy` without intervals: for choices on dev rows."""
+    sizes = Counter(sample["task"] for sample in samples)
+    correct = sum(sample["correct"] / sizes[sample["task"]] for sample in samples) / len(sizes)
+    return correct, sum(sample["nats"] for sample in samples) / sum(sample["tokens"] for sample in samples)
 
 
 def accuracy(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
@@ -146,37 +185,6 @@ def disentanglement(predictions: Sequence[Sequence[Sequence[Any]]]) -> dict[str,
                 )
             matrix[i, j] = np.mean([one != other for one, other in zip(labels, row[i], strict=True)])
     return {"matrix": matrix.tolist(), "error": float(matrix.sum() / (count * (count - 1)))}
-
-
-def _completions(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    batch_size: int,
-    progress: bool,
-    eos: bool,
-) -> list[dict[str, Any]]:
-    tokenized = _messages if isinstance(rows[0]["prompt"], list) else _texts
-    prompts, whole = tokenized(tokenizer, rows, eos)
-    # As TRL does: the completion begins where prompt and whole part, be it a token before the end of the prompt.
-    starts = [common_prefix(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
-    for row, start, ids in zip(rows, starts, whole, strict=True):
-        if not 0 < start < len(ids):
-            raise ValueError(
-                f"row {row['id']!r}: no token is left {'of' if start else 'in front of'} the completion "
-                f"{row['completion']!r} behind the prompt {row['prompt']!r}"
-            )
-    scored = score_tokens(model, whole, starts, batch_size=batch_size, progress=progress, unit="completion")
-    samples = []
-    for row, start, ids, scores in zip(rows, starts, whole, scored, strict=True):
-        correct = scores.greedy == list(ids[start:])
-        sample = _sample(row) | {
-            "task": row["task"], "correct": correct, "nats": scores.nats, "tokens": len(ids) - start
-        }  # fmt: skip
-        if not correct:
-            sample["prediction"] = continuation(tokenizer, ids[:start], scores.greedy)
-        samples.append(sample)
-    return samples
 
 
 def _texts(

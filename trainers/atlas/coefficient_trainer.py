@@ -18,6 +18,7 @@ from transformers import Trainer
 from ..training import NonFiniteError
 from .composer import Composer
 from .low_rank import LowRankComposer
+from .one_pass import OnePassAdamW
 
 WEIGHTS = "coefficients.safetensors"
 UNIT_EPSILON = 1e-8 * 65536  # spec 1.7: what Adam's 1e-8 amounts to behind a gradient scaler that is never undone
@@ -38,6 +39,13 @@ class CoefficientArguments:
             "alone (with --adam_epsilon 6.55e-4 unless another is given)."
         },
     )
+    one_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Move and compose each block within the backward pass, so that every vector is read once a step "
+            "(spec 5.3 B). Needs --max_grad_norm 0, no accumulation, one process."
+        },
+    )
     norm_penalty: Literal[0, 1, 2] = field(
         default=0, metadata={"help": "p > 0 adds 0.5 * the mean over blocks of the coefficients' p-norm."}
     )
@@ -46,6 +54,18 @@ class CoefficientArguments:
         super().__post_init__()  # type: ignore[misc]
         if self.gradient == "unit" and self.adam_epsilon == 1e-8:  # type: ignore[has-type]
             self.adam_epsilon = UNIT_EPSILON
+        whole = {
+            "max_grad_norm": self.max_grad_norm or 0,  # type: ignore[has-type]
+            "norm_penalty": self.norm_penalty,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps - 1,  # type: ignore[attr-defined]
+            "gradient": self.gradient == "unit",
+        }
+        for name, used in whole.items():
+            if self.one_pass and used:
+                raise ValueError(
+                    f"one_pass moves a block before the others have a gradient, which {name}={getattr(self, name)} "
+                    "needs: --max_grad_norm 0 --norm_penalty 0 --gradient clip --gradient_accumulation_steps 1"
+                )
 
 
 class CoefficientTrainer(Trainer):
@@ -72,6 +92,9 @@ class CoefficientTrainer(Trainer):
             raise ValueError(
                 "checkpoints of aTLAS under FSDP2 are not supported; its fits are short: --save_strategy no"
             )
+        one = isinstance(self.composer, Composer) and self.args.world_size == 1 and not self.is_fsdp_enabled
+        if self.args.one_pass and not one:
+            raise ValueError("one_pass is for dense vectors and one process; leave out --one_pass")
         if not self.is_fsdp_enabled:  # weights take no optimiser step: there is nothing for DDP to synchronise
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -97,19 +120,23 @@ class CoefficientTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                [self.composer.coefficients],
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-            )
+            settings = {
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+                "weight_decay": self.args.weight_decay,
+            }
+            if self.args.one_pass:
+                self.optimizer = OnePassAdamW(self.composer, **settings)
+            else:
+                self.optimizer = torch.optim.AdamW([self.composer.coefficients], **settings)
             self.optimizer.register_step_post_hook(self._after_step)
         return self.optimizer
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.composer.coefficients.grad = None
-        self.composer.compose()
+        if not self.args.one_pass:
+            self.composer.compose()
 
     def _clip_grad_norm(self, model: Any) -> None:
         """Done in `_get_grad_norm`, which the Trainer also calls when nothing is clipped."""

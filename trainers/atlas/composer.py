@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,11 @@ class Composer:
             for number, members in enumerate(cut.values())
             for name in members
         ]
+        self._slots_of = [[slot for slot in self._slots if slot.block == block] for block in range(len(cut))]
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._update: Callable[[int], None] | None = None
+        self._missing = Counter(slot.block for slot in self._slots)  # contractions until a block may be updated
         self._attach(model)
 
     @torch.no_grad()
@@ -144,14 +148,20 @@ class Composer:
         """Write the weights of the present coefficients into the model: summed in `dtype`, rounded once."""
         self.compositions += 1
         for slot in self._slots:
-            weights = local_part(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
-            for start, stop in self._tiles(slot):
-                base = slot.base[start:stop].to(weights.device, self.dtype)
-                value = base + self._sum(slot, start, stop, weights.device)
-                if self.rounding == "stochastic" and weights.dtype == torch.bfloat16:
-                    place = f"{self.seed} {self.compositions} {slot.name} {slot.start + start}"
-                    value = _stochastic(value, crc32(place.encode()))
-                weights[start:stop] = value
+            self._write(slot, self.compositions)
+
+    def update_in_backward(self, update: Callable[[int], None]) -> None:
+        """From now on, once a backward pass has all of a block's gradient, call `update(block)`, which may change
+        `coefficients[:, block]`, and compose that block. `finish_update` must follow each pass; see `OnePassAdamW`."""
+        self._update = update
+
+    @torch.no_grad()
+    def finish_update(self) -> None:
+        """Update and compose the blocks of which the backward pass has reached no or not all parameters."""
+        for block in list(self._missing):
+            self._update_block(block)
+        self.compositions += 1
+        self._missing = Counter(slot.block for slot in self._slots)
 
     def remove(self, keep: bool = False) -> None:
         """Take the hooks off; the model is the base again, or with `keep` stays as composed. Once is enough."""
@@ -266,8 +276,34 @@ class Composer:
                     part.index_add_(1, self._groups(slot, start, stop, gradient.device), stack * piece)
                 column += part.to(column.device)
             parameter.grad = None
+            if self._update is not None:
+                self._missing[slot.block] -= 1
+                if not self._missing[slot.block]:
+                    self._update_block(slot.block)
 
         return hook
+
+    def _update_block(self, block: int) -> None:
+        assert self._update is not None
+        del self._missing[block]
+        self._update(block)
+        for slot in self._slots_of[block]:
+            self._write(slot, self.compositions + 1)
+
+    def _write(self, slot: _Slot, number: int) -> None:
+        """Compose one parameter, for the `number`-th time."""
+        weights = local_part(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
+        for start, stop in self._tiles(slot):
+            base = slot.base[start:stop].to(weights.device, self.dtype)
+            part = weights[start:stop]
+            # The movement first: added to the base one by one, small terms would be rounded at its size.
+            movement = self._sum(slot, start, stop, weights.device)
+            value = torch.add(base, movement, out=part if part.dtype == self.dtype else None)
+            if self.rounding == "stochastic" and weights.dtype == torch.bfloat16:
+                place = f"{self.seed} {number} {slot.name} {slot.start + start}"
+                value = _stochastic(value, crc32(place.encode()))
+            if value is not part:
+                part.copy_(value)
 
     def _sum(self, slot: _Slot, start: int, stop: int, device: torch.device) -> Tensor:
         stack = self._source.read(slot.name, start, stop).to(device, self.dtype)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,9 +31,9 @@ class LowRankComposer:
     `coefficients` alone (spec 5.4).
 
     All vectors are one frozen PEFT LoRA adapter: `lora_A` holds the A_i one below the other, `lora_B` the B_i side by
-    side, and what flows between them, P = X A^T, is multiplied by the coefficients. Autograd then has their exact
-    gradient from P alone: no weight gets a gradient, the base may be quantised (bitsandbytes), and nothing is composed
-    after a step. Used like `Composer`:
+    side, and what flows between them, P = X A^T, is multiplied by the coefficients (a PEFT `LoraVariant`). Autograd
+    then has their exact gradient from P alone: no weight gets a gradient, the base may be quantised (bitsandbytes),
+    and nothing is composed after a step. Used like `Composer`:
 
         composer = LowRankComposer(model, vectors)
         optimizer = torch.optim.AdamW([composer.coefficients], lr=0.1)
@@ -90,14 +93,12 @@ class LowRankComposer:
         self.coefficients = nn.Parameter(start)
         self._owners: list[Tensor] = []  # for each row of lora_A: the vector that it belongs to,
         self._scales: list[Tensor] = []  # and that one's s
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for block, parts in enumerate(entries.values()):
             numbers = [number for number, part in enumerate(parts) if part is not None for _ in range(len(part.a))]
             scales = [part.scale for part in parts if part is not None for _ in range(len(part.a))]
             self._owners.append(torch.tensor(numbers, device=start.device))
             self._scales.append(torch.tensor(scales, device=start.device, dtype=start.dtype))
-            middle = self.layers[block].lora_A[ADAPTER]
-            self._hooks.append(middle.register_forward_hook(self._scale(block)))
+            self.layers[block].lora_variant[ADAPTER] = _Branch(partial(self._row_factors, block))
 
     @property
     def weights(self) -> Tensor:
@@ -110,15 +111,15 @@ class LowRankComposer:
     def remove(self, keep: bool = False) -> None:
         """Take the branch out; the model is the base again. With `keep` it stays, as an ordinary LoRA adapter whose
         `lora_B` holds the present coefficients."""
-        for hook in self._hooks:
-            hook.remove()
+        held = any(ADAPTER in layer.lora_variant for layer in self.layers)
         if keep:
             with torch.no_grad():
                 for block, layer in enumerate(self.layers):
                     layer.lora_B[ADAPTER].weight.copy_(self.folded(block).b)
-        elif self._hooks:
+        elif held:
             self.model = self.model.unload()
-        self._hooks = []
+        for layer in self.layers:
+            layer.lora_variant.pop(ADAPTER, None)
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
 
@@ -143,12 +144,21 @@ class LowRankComposer:
     def _products(self, coefficients: Tensor) -> Tensor:
         return coefficients if self.mode == "per_product" else coefficients[..., 0] * coefficients[..., 1]
 
-    def _scale(self, block: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def hook(module: nn.Module, inputs: Any, middle: Tensor) -> Tensor:
-            # A bf16 P times fp32 factors is computed, and differentiated, in fp32; autograd keeps P in bf16.
-            return (middle * self._row_factors(block).to(middle.device)).to(middle.dtype)
 
-        return hook
+class _Branch(LoraVariant):
+    """PEFT's branch with factors between A and B: `result + ((X A^T) * factors) B^T`, the sum within one product."""
+
+    def __init__(self, factors: Callable[[], Tensor]) -> None:
+        self.factors = factors
+
+    def forward(  # type: ignore[override]  # PEFT's are static: they keep what they need on the module
+        self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        a, b = (getattr(module, f"lora_{letter}")[active_adapter].weight for letter in "AB")
+        middle = linear(x, a)
+        # A bf16 P times fp32 factors is computed, and differentiated, in fp32; autograd keeps P in bf16.
+        scaled = (middle * self.factors().to(middle.device)).to(middle.dtype)
+        return torch.addmm(result.flatten(0, -2), scaled.flatten(0, -2), b.T).reshape(result.shape)
 
 
 def base_of(vectors: Sequence[TaskVector], model: nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,9 @@ def changed(args: Any, **changes: Any) -> Any:
     return args
 
 
-def text_columns(rows: Dataset, names: Iterable[str] = ("task", "prompt", "completion")) -> Dataset:
+def text_columns(rows: Dataset) -> Dataset:
     """Only what the trainer reads."""
+    names = ("task", "prompt", "completion", "input_ids", "labels")
     return rows.select_columns([name for name in names if name in rows.column_names])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class Making:
 def embedded_vectors(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
+    rows: Callable[[], Dataset],
+    tasks: Sequence[str],
     fingerprint: str,
     args: MultiTaskConfig,
     making: Making,
@@ -42,7 +43,8 @@ def embedded_vectors(
     """Task -> vector, fine-tuned from `base` on that task's rows.
 
     Args:
-        rows: of all tasks (column `task`); `fingerprint` names their content.
+        rows: gives the rows of all tasks (column `task`), called if a vector must be made.
+        fingerprint: names their content.
         args: steps, batch and seed of each fit; its `output_dir` is not used.
     """
     settings = {
@@ -51,11 +53,11 @@ def embedded_vectors(
         "warmup": args.warmup_steps, **vars(making),
     }  # fmt: skip
     vectors = {}
-    for task in dict.fromkeys(rows["task"]):
+    for task in tasks:
 
         def build(folder: Path, task: str = task) -> None:
             folder.mkdir()
-            one = rows.filter(lambda name: name == task, input_columns="task")
+            one = rows().filter(lambda name: name == task, input_columns="task")
             adapter = None
             if making.rank:
                 adapter = LoraConfig(r=making.rank, lora_alpha=2 * making.rank, target_modules="all-linear")
@@ -72,7 +74,7 @@ def embedded_vectors(
 def competent_base(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
+    rows: Callable[[], Dataset],
     fingerprint: str,
     args: MultiTaskConfig,
     learning_rate: float,
@@ -85,7 +87,7 @@ def competent_base(
     }  # fmt: skip
 
     def build(folder: Path) -> None:
-        tuned, _ = fine_tune(base, tokenizer, rows, args, folder / "fit", learning_rate=learning_rate)
+        tuned, _ = fine_tune(base, tokenizer, rows(), args, folder / "fit", learning_rate=learning_rate)
         tuned.save_pretrained(folder)
 
     folder = build_once("competent-base", settings, build)
