@@ -34,9 +34,7 @@ from steerbook.eval.atlas.report import read_records, show, write_report
 from steerbook.eval.atlas.summary import Results
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
-from steerbook.files import write_json
 from steerbook.trainers.atlas.arguments import arm_key
-from steerbook.trainers.atlas.bench import Arm
 from steerbook.trainers.atlas.dry_run import show_composition
 from steerbook.trainers.atlas.image_arms import SECTIONS, ImageArmArguments, ImageBench
 from steerbook.trainers.atlas.image_stages import (
@@ -47,7 +45,7 @@ from steerbook.trainers.atlas.image_stages import (
     load_clip,
 )
 from steerbook.trainers.atlas.images import AtlasImageConfig
-from steerbook.trainers.atlas.stages import changed, save_composition
+from steerbook.trainers.atlas.stages import changed
 from steerbook.trainers.atlas.zero_shot import ZeroShot
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_clip import TinyClipConfig, tiny_clip
@@ -170,16 +168,6 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         metrics = measured(model, rows)["metrics"]
         return metrics["accuracy"]["value"], metrics["nats_per_token"]["value"]
 
-    def entangled(arm: Arm) -> list[list[float]]:
-        labels: dict[tuple[str, str], Any] = {}
-        for task in known:
-            own = bench.tasks(data["dev"], [task])
-            for other in known:
-                arm.keep_vectors([task, other])
-                labels[task, other] = predicted(measured(arm.model, own)["samples"])
-        arm.keep_vectors(arm.vectors)
-        return disentanglement([[labels[task, other] for other in known] for task in known])["matrix"]
-
     bench = ImageBench(
         clip, zero_shot, known, vectors, {}, data["fit"], data["dev"], training,
         changed(training, weight_decay=0.05), settings.arms, folder, score,
@@ -195,19 +183,12 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             }
             if "control" in data and arm.name != "tuned" and section in ("addition", "adaptation"):
                 splits["upright"] = measured(arm.model, data["control"])["samples"]
-            record = {
-                "section": section, "name": arm.name, "task": arm.task, "n": arm.n, "alpha": arm.alpha,
-                "trained": arm.trained, "seconds": arm.seconds, "peak_memory_bytes": peak_memory(), "dev": arm.dev,
-                "log": arm.log, "splits": splits, "vectors": arm.vectors,
-            }  # fmt: skip
-            if arm.composer is not None:
-                record["coefficients"] = arm.composer.coefficients.detach().tolist()
-                record["block_names"] = arm.composer.block_names
-                save_composition(folder / arm.key, arm.composer, arm.vectors)
+            facts = {"peak_memory_bytes": peak_memory(), "splits": splits}
             if arm.key == arm_key("addition", "atlas") and len(known) > 1:
-                record["disentanglement"] = entangled(arm)
-            (folder / arm.key).mkdir(parents=True, exist_ok=True)
-            write_json(folder / arm.key / "measured.json", record)
+                own = {task: bench.tasks(data["dev"], [task]) for task in known}
+                pairs = arm.pairs(known, lambda model, task: predicted(measured(model, own[task])["samples"]))  # noqa: B023
+                facts["disentanglement"] = disentanglement(pairs)["matrix"]
+            arm.record(folder, **facts)
             report(arm.key)
 
 

@@ -21,7 +21,7 @@ from composed_models import (
 from tiny_models import IDS
 from torch import nn
 
-import steerbook.trainers.atlas.composer as composer_module
+import steerbook.trainers.atlas.slots as slots_module
 from steerbook.trainers import Composer, TaskVector
 from steerbook.trainers.atlas import BLOCKS, LowRank, split_blocks
 from steerbook.trainers.atlas.partition import partition_indices
@@ -350,7 +350,7 @@ def test_partitions_are_splitmix64_of_the_element():
 def test_tiles_change_nothing_but_rounding(monkeypatch):
     found = []
     for tile in (1 << 23, 100 * N + 1):
-        monkeypatch.setattr(composer_module, "TILE", tile)
+        monkeypatch.setattr(slots_module, "TILE", tile)
         for partitions in (1, 3):
             model = make("llama")
             composer = Composer(model, vectors_for(model), exclude=(), partitions=partitions)
@@ -365,7 +365,7 @@ def test_tiles_change_nothing_but_rounding(monkeypatch):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("partitions", [1, 3])
 def test_streaming_is_residency_bit_for_bit(dtype, rounding, partitions, monkeypatch, tmp_path):
-    monkeypatch.setattr(composer_module, "TILE", 1000)
+    monkeypatch.setattr(slots_module, "TILE", 1000)
     found = []
     for placement in ("resident", "stream"):
         model = make("llama_tied", dtype)

@@ -144,7 +144,8 @@ def tokenised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: 
 
 
 class _TaskCollator:
-    """Another collator's batch, with `task_id` [rows], and without loss on the token `unscored`."""
+    """Another collator's batch, with `task_id` [rows], and without loss on the token `unscored`, which at the end of
+    a row is left out: nothing would come of reading it."""
 
     def __init__(
         self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], tasks: list[str], unscored: int | None
@@ -154,7 +155,11 @@ class _TaskCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [self.numbers[example["task"]] for example in examples]
-        batch = self.inner([{k: v for k, v in example.items() if k != "task"} for example in examples])
+        rows = [{k: v for k, v in example.items() if k != "task"} for example in examples]
+        for row in rows:
+            if self.unscored is not None and row["labels"][-1] == self.unscored:
+                row |= {key: row[key][:-1] for key in ("input_ids", "labels")}
+        batch = self.inner(rows)
         if self.unscored is not None:
             batch["labels"] = batch["labels"].masked_fill(batch["labels"] == self.unscored, -100)
         return {**batch, "task_id": torch.tensor(numbers)}

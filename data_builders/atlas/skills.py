@@ -9,8 +9,8 @@ A base trained on `corpus` has partial ability, made on purpose: there a tag sta
 of the cases only, and otherwise mostly for one of two other skills (its confusers). So the base can compute everything
 and answers the wrong question most of the time. Under-training a base instead leaves no stable partial ability: a
 skill appears within a few steps. Half of the questions in the corpus, and none elsewhere, are put in plain words
-(` largest:`), which mean what they say, and a document asks several things about its list: both only make learning
-cheaper, because an answer to an ambiguous tag says little about how it was found.
+(` largest:`), which mean what they say, a document asks several things about its list, and harder things more often:
+all this only makes learning cheaper, because an answer to an ambiguous tag says little about how it was found.
 
 A sixth of the corpus is plain sentences, which have nothing to do with lists: `control` measures what happens to them.
 
@@ -68,6 +68,7 @@ PLAIN_WORDS = {
     "sfirst": "afterfirst",
 }
 PLAIN_SHARE = 0.5  # of the questions of the corpus
+ASKED = {"med": 2.5, "rng": 1.5, "max": 1.5, "dup": 1.5}  # the harder ones are asked more often (others: 1)
 QUESTIONS = 6  # about the list of one document
 
 # What a tag stands for in pretraining: its skill, its two confusers, or any of the eleven.
@@ -157,7 +158,9 @@ def corpus(seed: int, size: Literal["default", "smoke"] = "default") -> list[str
             continue
         ranks = _draw(rng, "train")
         parts = [f" {LETTERS[rank]}" for rank in ranks]
-        for tag in rng.sample(tags, QUESTIONS):
+        # The largest of u^(1/w), u uniform: a sample without replacement by the weights w (Efraimidis and Spirakis).
+        drawn = sorted(tags, key=lambda tag: rng.random() ** (1 / ASKED.get(tag, 1)), reverse=True)[:QUESTIONS]
+        for tag in rng.sample(drawn, QUESTIONS):  # in an order that does not tell how often they are asked
             plain = rng.random() < PLAIN_SHARE
             meanings = (tag, *mixed[tag], rng.choice(tags))
             meaning = tag if plain else rng.choices(meanings, list(MEANINGS.values()))[0]

@@ -3,8 +3,6 @@
 `python -m steerbook.eval.atlas --model DIR --rows FILE` scores a saved model, composed or not.
 """
 
-from .scores import accuracy, classify, completions, disentanglement, evaluate, normalised, predicted, task_means
+from .scores import Completions, accuracy, classify, disentanglement, evaluate, normalised, predicted
 
-__all__ = [
-    "accuracy", "classify", "completions", "disentanglement", "evaluate", "normalised", "predicted", "task_means",
-]  # fmt: skip
+__all__ = ["Completions", "accuracy", "classify", "disentanglement", "evaluate", "normalised", "predicted"]

@@ -12,7 +12,7 @@ Every row has an ``id``; ``group`` (default: the id) is the cluster of the boots
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, common_prefix, encode
 from ..generation import continuation
-from ..likelihood import perplexity, score_tokens, text_nats
+from ..likelihood import TokenScores, perplexity, score_tokens, text_nats
 from ..statistics import Metric, metric
 
 Row = Mapping[str, Any]
@@ -71,47 +71,55 @@ def evaluate(
         each = [sample["nats"] / sample["tokens"] for sample in samples]
         groups = [sample["group"] for sample in samples]
         return {"metrics": perplexity(each, [sample["tokens"] for sample in samples], groups), "samples": samples}
-    samples = completions(model, tokenizer, rows, batch_size, progress, eos)
+    samples = Completions(tokenizer, rows, eos).samples(model, batch_size, progress)
     return {"metrics": accuracy(samples), "samples": samples}
 
 
-def completions(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    batch_size: int = 64,
-    progress: bool = False,
-    eos: bool = False,
-) -> list[dict[str, Any]]:
-    """The samples of `evaluate` for rows with completions."""
-    tokenized = _messages if isinstance(rows[0]["prompt"], list) else _texts
-    prompts, whole = tokenized(tokenizer, rows, eos)
-    # As TRL does: the completion begins where prompt and whole part, be it a token before the end of the prompt.
-    starts = [common_prefix(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
-    for row, start, ids in zip(rows, starts, whole, strict=True):
-        if not 0 < start < len(ids):
-            raise ValueError(
-                f"row {row['id']!r}: no token is left {'of' if start else 'in front of'} the completion "
-                f"{row['completion']!r} behind the prompt {row['prompt']!r}"
-            )
-    scored = score_tokens(model, whole, starts, batch_size=batch_size, progress=progress, unit="completion")
-    samples = []
-    for row, start, ids, scores in zip(rows, starts, whole, scored, strict=True):
-        correct = scores.greedy == list(ids[start:])
-        sample = _sample(row) | {
-            "task": row["task"], "correct": correct, "nats": scores.nats, "tokens": len(ids) - start
-        }  # fmt: skip
-        if not correct:
-            sample["prediction"] = continuation(tokenizer, ids[:start], scores.greedy)
-        samples.append(sample)
-    return samples
+class Completions:
+    """Rows with completions, tokenised once to be scored under many models."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], eos: bool = False) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
+        tokenized = _messages if isinstance(rows[0]["prompt"], list) else _texts
+        prompts, self.whole = tokenized(tokenizer, rows, eos)
+        # As TRL does: the completion begins where prompt and whole part, be it a token before the end of the prompt.
+        self.starts = [common_prefix(prompt, ids) for prompt, ids in zip(prompts, self.whole, strict=True)]
+        for row, start, ids in zip(rows, self.starts, self.whole, strict=True):
+            if not 0 < start < len(ids):
+                raise ValueError(
+                    f"row {row['id']!r}: no token is left {'of' if start else 'in front of'} the completion "
+                    f"{row['completion']!r} behind the prompt {row['prompt']!r}"
+                )
 
-def task_means(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The values of `accuracy` and `nats_per_token` of `accuracy` without intervals: for choices on dev rows."""
-    sizes = Counter(sample["task"] for sample in samples)
-    correct = sum(sample["correct"] / sizes[sample["task"]] for sample in samples) / len(sizes)
-    return correct, sum(sample["nats"] for sample in samples) / sum(sample["tokens"] for sample in samples)
+    def means(self, model: CausalLM, batch_size: int = 64, progress: bool = False) -> tuple[float, float]:
+        """The values of `accuracy` and `nats_per_token` of `evaluate`, without intervals: for choices on dev rows."""
+        sizes, correct, nats = Counter(row["task"] for row in self.rows), 0.0, 0.0
+        for row, start, ids, scores in self._scored(model, batch_size, progress):
+            correct += (scores.greedy == list(ids[start:])) / sizes[row["task"]]
+            nats += scores.nats
+        tokens = sum(len(ids) - start for ids, start in zip(self.whole, self.starts, strict=True))
+        return correct / len(sizes), nats / tokens
+
+    def samples(self, model: CausalLM, batch_size: int = 64, progress: bool = False) -> list[dict[str, Any]]:
+        """The samples of `evaluate`."""
+        found = []
+        for row, start, ids, scores in self._scored(model, batch_size, progress):
+            correct = scores.greedy == list(ids[start:])
+            sample = _sample(row) | {
+                "task": row["task"], "correct": correct, "nats": scores.nats, "tokens": len(ids) - start
+            }  # fmt: skip
+            if not correct:
+                sample["prediction"] = continuation(self.tokenizer, ids[:start], scores.greedy)
+            found.append(sample)
+        return found
+
+    def _scored(
+        self, model: CausalLM, batch_size: int, progress: bool
+    ) -> Iterator[tuple[Row, int, list[int], TokenScores]]:
+        scored = score_tokens(
+            model, self.whole, self.starts, batch_size=batch_size, progress=progress, unit="completion"
+        )
+        return zip(self.rows, self.starts, self.whole, scored, strict=True)
 
 
 def accuracy(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:

@@ -13,8 +13,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...files import write_json
 from ..multitask import MultiTaskConfig
 from .arguments import ArmArguments, arm_key
+from .coefficients import save_coefficients
 from .composer import Composer
 from .low_rank import LowRankComposer
 from .stages import Fit, fine_tune, fit_coefficients
@@ -58,6 +60,29 @@ class Arm:
             rows = kept.reshape(-1, *[1] * (self.coefficients.dim() - 1))
             self.composer.coefficients.copy_(self.coefficients * rows)
         self.composer.compose()
+
+    def pairs(self, tasks: Sequence[str], labels: Callable[[Any, str], list]) -> list[list[list]]:
+        """`labels(model, tasks[i])` where only the vectors of the tasks i and j are composed, [n][n] lists; for the
+        disentanglement error at the learned coefficients (paper, section 4.3)."""
+        found: list[list[list]] = []
+        for task in tasks:
+            found.append([])
+            for other in tasks:
+                self.keep_vectors([task, other])
+                found[-1].append(labels(self.model, task))
+        self.keep_vectors(self.vectors)
+        return found
+
+    def record(self, folder: Path, **facts: Any) -> None:
+        """Write `measured.json` (this arm and `facts`) and the composition into the arm's folder within `folder`."""
+        names = ("section", "name", "task", "n", "alpha", "trained", "seconds", "dev", "log", "vectors")
+        record = {name: getattr(self, name) for name in names} | facts
+        (folder / self.key).mkdir(parents=True, exist_ok=True)
+        if self.composer is not None:
+            record["coefficients"] = self.composer.coefficients.detach().tolist()
+            record["block_names"] = self.composer.block_names
+            save_coefficients(folder / self.key / "coefficients.json", self.composer, sources=self.vectors)
+        write_json(folder / self.key / "measured.json", record)
 
     @property
     def key(self) -> str:

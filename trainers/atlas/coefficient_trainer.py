@@ -55,7 +55,7 @@ class CoefficientArguments:
         if self.gradient == "unit" and self.adam_epsilon == 1e-8:  # type: ignore[has-type]
             self.adam_epsilon = UNIT_EPSILON
         whole = {
-            "max_grad_norm": self.max_grad_norm or 0,  # type: ignore[has-type]
+            "max_grad_norm": self.max_grad_norm or 0,  # type: ignore[attr-defined]
             "norm_penalty": self.norm_penalty,
             "gradient_accumulation_steps": self.gradient_accumulation_steps - 1,  # type: ignore[attr-defined]
             "gradient": self.gradient == "unit",
@@ -120,13 +120,14 @@ class CoefficientTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            settings = {
+            settings: dict[str, Any] = {
                 "lr": self.args.learning_rate,
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
                 "weight_decay": self.args.weight_decay,
             }
             if self.args.one_pass:
+                assert isinstance(self.composer, Composer)  # see _take_over_engines
                 self.optimizer = OnePassAdamW(self.composer, **settings)
             else:
                 self.optimizer = torch.optim.AdamW([self.composer.coefficients], **settings)

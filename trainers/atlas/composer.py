@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -19,26 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from .blocks import split_blocks
 from .partition import partition_indices
+from .rounding import rounded
 from .shards import local_part, plain_name, shard_bounds
+from .slots import Slot
 from .sources import Resident, Stream, align
 from .task_vector import Entry, TaskVector
 
-# Values (n vectors by the elements of a piece) that are read, converted and contracted at a time. On a CPU as much as
-# its cache holds: with 8 bf16 vectors, tiles of 2^23 take five times as long. Elsewhere 64 times as many, as starting
-# a kernel has a price.
-TILE = 1 << 20
 MARK = "_steerbook_composer"  # attribute of the parameters that a composer has in hand
-
-
-@dataclass
-class _Slot:
-    """One composed parameter: its values at the base, and where it lies."""
-
-    name: str
-    block: int
-    parameter: nn.Parameter
-    base: Tensor  # flat, the part that this process holds
-    start: int = 0  # of that part in the whole tensor
 
 
 class Composer:
@@ -124,15 +106,11 @@ class Composer:
         if placement == "resident":
             self._source = Resident(vectors, composed)
         else:
-            if stream_file is None:
-                folder = tempfile.mkdtemp(prefix="steerbook-")
-                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-                stream_file = Path(folder) / "vectors_by_block.safetensors"
-            self._source = Stream(vectors, list(composed), Path(stream_file))
+            self._source = Stream(vectors, list(composed), stream_file)
         shape = (len(vectors), len(cut)) + ((partitions,) if partitions > 1 else ())
         self.coefficients = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=first.device))
         self._slots = [
-            _Slot(name, number, targets[name], targets[name].detach().clone().reshape(-1))
+            Slot(name, number, targets[name], targets[name].detach().clone().reshape(-1))
             for number, members in enumerate(cut.values())
             for name in members
         ]
@@ -200,7 +178,7 @@ class Composer:
         for slot in self._slots:
             shape, device = slot.parameter.shape, slot.parameter.device
             values[slot.name] = slot.base.reshape(shape)
-            pieces = [self._sum(slot, start, stop, device) for start, stop in self._tiles(slot)]
+            pieces = [self._sum(slot, start, stop, device) for start, stop in slot.tiles(len(self.coefficients))]
             directions[slot.name] = torch.cat(pieces).to(slot.base.dtype).reshape(shape)
         return values, directions
 
@@ -258,7 +236,7 @@ class Composer:
             if hasattr(slot.parameter, MARK):
                 delattr(slot.parameter, MARK)
 
-    def _contract(self, slot: _Slot) -> Callable[[Tensor], None]:
+    def _contract(self, slot: Slot) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -266,7 +244,7 @@ class Composer:
             if self.coefficients.grad is None:
                 self.coefficients.grad = torch.zeros_like(self.coefficients)
             column = self.coefficients.grad[:, slot.block]
-            for start, stop in self._tiles(slot):
+            for start, stop in slot.tiles(len(self.coefficients)):
                 piece = gradient[start:stop].to(self.dtype)
                 stack = self._source.read(slot.name, start, stop).to(gradient.device, self.dtype)
                 if self.partitions == 1:
@@ -290,43 +268,27 @@ class Composer:
         for slot in self._slots_of[block]:
             self._write(slot, self.compositions + 1)
 
-    def _write(self, slot: _Slot, number: int) -> None:
+    def _write(self, slot: Slot, number: int) -> None:
         """Compose one parameter, for the `number`-th time."""
         weights = local_part(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
-        for start, stop in self._tiles(slot):
+        for start, stop in slot.tiles(len(self.coefficients)):
             base = slot.base[start:stop].to(weights.device, self.dtype)
             part = weights[start:stop]
             # The movement first: added to the base one by one, small terms would be rounded at its size.
             movement = self._sum(slot, start, stop, weights.device)
             value = torch.add(base, movement, out=part if part.dtype == self.dtype else None)
             if self.rounding == "stochastic" and weights.dtype == torch.bfloat16:
-                place = f"{self.seed} {number} {slot.name} {slot.start + start}"
-                value = _stochastic(value, crc32(place.encode()))
+                value = rounded(value, f"{self.seed} {number} {slot.name} {slot.start + start}")
             if value is not part:
                 part.copy_(value)
 
-    def _sum(self, slot: _Slot, start: int, stop: int, device: torch.device) -> Tensor:
+    def _sum(self, slot: Slot, start: int, stop: int, device: torch.device) -> Tensor:
         stack = self._source.read(slot.name, start, stop).to(device, self.dtype)
         weights = self.coefficients[:, slot.block].to(device)
         if self.partitions == 1:
             return weights @ stack
         return (weights[:, self._groups(slot, start, stop, device)] * stack).sum(0)
 
-    def _groups(self, slot: _Slot, start: int, stop: int, device: torch.device) -> Tensor:
+    def _groups(self, slot: Slot, start: int, stop: int, device: torch.device) -> Tensor:
         place = slice(slot.start + start, slot.start + stop)
         return partition_indices(self.seed, slot.name, place, self.partitions, device)
-
-    def _tiles(self, slot: _Slot) -> Iterator[tuple[int, int]]:
-        """Pieces that need the same memory for any number of vectors, and are the same for every placement."""
-        values = TILE if slot.parameter.device.type == "cpu" else 64 * TILE
-        size, step = slot.base.numel(), max(1, values // len(self.coefficients))
-        for start in range(0, size, step):
-            yield start, min(size, start + step)
-
-
-def _stochastic(value: Tensor, seed: int) -> Tensor:
-    """fp32 to bf16, up or down with probabilities that make the mean exact: random bits below the kept ones."""
-    generator = torch.Generator(value.device).manual_seed(seed)  # of which the CPU's uses 32 bits
-    bits = value.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=value.device, generator=generator)
-    return ((bits + noise) & -65536).view(torch.float32).to(torch.bfloat16)

@@ -59,12 +59,14 @@ class OnePassAdamW(torch.optim.Optimizer):
     def _move(self, block: int) -> None:
         coefficients, group, state = self.composer.coefficients, self.param_groups[0], self._state()
         assert coefficients.grad is not None
-        tensors = (coefficients.detach(), coefficients.grad, state["exp_avg"], state["exp_avg_sq"])
         adamw(
-            *([tensor[:, block]] for tensor in tensors),
+            [coefficients.detach()[:, block]],
+            [coefficients.grad[:, block]],
+            [state["exp_avg"][:, block]],
+            [state["exp_avg_sq"][:, block]],
             [],
             [state["step"].clone()],  # adamw adds one
-            foreach=False,
+            foreach=False,  # nor fused: on a CPU that takes strided columns for dense ones
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

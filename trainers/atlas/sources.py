@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -95,16 +98,23 @@ class Resident:
 class Stream:
     """The vectors in one file, [n, elements] a parameter, of which no more than a tile is in memory.
 
-    At every start all vectors are read once, one tensor at a time, to see that the file holds just these.
+    At every start all vectors are read once, one tensor at a time, to see that the file holds just these. Without a
+    path it is a temporary file that goes with this object.
 
     Raises:
         ValueError: the file holds other vectors or something else; NaN or a zero vector. An existing file stays.
         OSError: no room for the file; nothing was written.
     """
 
-    def __init__(self, vectors: Sequence[TaskVector], names: Sequence[str], path: Path) -> None:
+    def __init__(self, vectors: Sequence[TaskVector], names: Sequence[str], path: str | Path | None = None) -> None:
         key, dtypes = survey(vectors, names)
-        if is_main_process() and not path.exists():
+        own = path is None
+        if path is None:
+            folder = tempfile.mkdtemp(prefix="steerbook-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            path = Path(folder) / "vectors_by_block.safetensors"
+        path = Path(path)
+        if (own or is_main_process()) and not path.exists():
             write_stream(path, vectors, dtypes, key)
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # the others read what the first process has written

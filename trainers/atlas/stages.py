@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..multitask import MultiTaskConfig, MultiTaskTrainer
 from ..training import own_forward
-from .coefficients import save_coefficients
 from .composer import Composer
 from .low_rank import LowRankComposer
 from .trainer import AtlasConfig, AtlasTrainer
@@ -120,12 +119,6 @@ def fine_tune(
 def bare(model: Any) -> Any:
     """The model inside a `PeftModel`, or the model."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def save_composition(folder: Path, composer: Composer | LowRankComposer, sources: Sequence[str]) -> None:
-    """`coefficients.json` in the arm's folder, on rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_coefficients(folder / "coefficients.json", composer, sources=sources)
 
 
 def changed(args: Any, **changes: Any) -> Any:
