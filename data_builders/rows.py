@@ -108,6 +108,8 @@ def fingerprint(data: Dataset | DatasetDict) -> str:
     digest = hashlib.sha256()
     for split, rows in sorted(data.items()) if isinstance(data, dict) else [("", data)]:
         digest.update(f"{split}\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        for batch in rows.iter(1000):  # row by row takes three times as long
+            for values in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, values, strict=True))
+                digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

@@ -73,7 +73,7 @@ def test_smoke_leaves_coefficients_that_apply_again(smoke):
     saved = load_coefficients(seed / "addition_atlas" / "coefficients.json")
     assert saved.values == record["coefficients"] and list(saved.blocks) == record["block_names"]
     assert saved.sources == record["vectors"] and len(saved.sources) == 8
-    assert not any("embed" in name for name in record["block_names"])
+    assert any("embed" in name for name in record["block_names"])  # the embedded world leaves nothing out
     matrix = record["disentanglement"]
     assert [matrix[i][i] for i in range(8)] == [0.0] * 8
 
@@ -168,6 +168,22 @@ def test_own_models_and_files(recipe, flags, world, tmp_path):
     assert [s["correct"] for s in again] == [s["correct"] for s in measured]
     for one, other in zip(again, measured, strict=True):
         assert one["nats"] == pytest.approx(other["nats"], abs=1e-4)
+
+
+def test_new_tasks_on_a_budget_of_vectors(recipe, flags, world, tmp_path, capsys):
+    new = write_task(tmp_path / "poems.jsonl", "poems")
+    recipe.main([*flags, "--sections", "budget", "--new_tasks", f"poems={new}", "--budgets", "1", "2", "--shots", "3",
+                 "--arms", "random", "feature", "gradient", "blockwise", "--shot_steps", "2"])  # fmt: skip
+    assert "vectors by gradient, by block, 2 of them" in capsys.readouterr().out
+    for name in ("random", "feature", "gradient", "blockwise"):
+        for size in (1, 2):
+            record = json.loads(
+                (tmp_path / "run" / "seed_42" / f"budget_{name}_poems_n{size}" / "measured.json").read_text()
+            )
+            assert len(record["coefficients"]) == len(record["vectors"]) == size
+            known = {"rank 1", "rank 2"} if name == "blockwise" else set(SKILLS)
+            assert set(record["vectors"]) <= known
+            assert {sample["task"] for sample in record["splits"]["test"]} == {"poems"}
 
 
 def test_interrupted_run_continues_without_repeating(recipe, flags, tmp_path, monkeypatch):
@@ -286,12 +302,19 @@ def test_a_vector_that_is_not_there(error, flags, world):
         (["--sections", "negation"], ["--forget"]),
         (["--sections", "negation", "--forget", "chess"], ["--forget chess", "chat, code, maths"]),
         (["--sections", "fewshot"], ["--new_tasks"]),
+        (["--sections", "budget", "--budgets", "2"], ["--new_tasks"]),
     ],
 )
 def test_a_section_that_the_tasks_do_not_allow(error, flags, tmp_path, more, parts):
     text = error(*flags, *more)
     assert all(part in text for part in parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_larger_budget_than_vectors(error, flags, tmp_path):
+    new = write_task(tmp_path / "poems.jsonl", "poems")
+    text = error(*flags, "--sections", "budget", "--new_tasks", f"poems={new}", "--budgets", "4")
+    assert "--budgets 4" in text and "3 task vectors" in text
 
 
 def test_two_vectors_of_one_name(error, flags, world):

@@ -108,7 +108,7 @@ class Size:
 
 
 SIZES = {
-    "default": Size(train=2048, fit=256, dev=128, test=300, control=64, documents=70_000),
+    "default": Size(train=1024, fit=256, dev=128, test=300, control=64, documents=70_000),
     "smoke": Size(train=512, fit=64, dev=64, test=100, control=32, documents=30_000),
 }
 

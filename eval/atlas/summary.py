@@ -46,6 +46,10 @@ NAMES = {
     "layernorm": "LayerNorm tuning, UFM",
     "entropy": "aTLAS, entropy",
     "ufm": "aTLAS, UFM",
+    "random": "random vectors",
+    "feature": "vectors by feature",
+    "gradient": "vectors by gradient",
+    "blockwise": "vectors by gradient, by block",
 }
 SECTIONS = {
     "addition": "All tasks at once",
@@ -53,6 +57,7 @@ SECTIONS = {
     "fewshot": "New tasks from few rows",
     "negation": "Forgetting one task (target), keeping the others (control)",
     "adaptation": "New tasks from unlabelled images",
+    "budget": "New tasks from few rows, with a few of the vectors",
 }
 CONTROL_TEXTS = Column("control perplexity", "control", "nats_per_token", 1.0)
 UPRIGHT = Column("upright digits", "upright", "accuracy")  # of the embedded images: what is no task's own
@@ -68,6 +73,7 @@ COLUMNS = {
     "fewshot": [Column("accuracy", "test", "accuracy"), CONTROL_TEXTS],
     "negation": [Column("target", "test", "target"), Column("control", "test", "control"), CONTROL_TEXTS],
     "adaptation": [Column("accuracy", "test", "accuracy"), UPRIGHT],
+    "budget": [Column("accuracy", "test", "accuracy")],
 }
 ALPHA, ISOTROPIC, ATLAS, TUNED = (("addition", name, None) for name in ("alpha", "isotropic", "atlas", "tuned"))
 
@@ -109,8 +115,8 @@ class Results(shared.Results):
 
     def label(self, arm: Arm) -> str:
         section, name, n = arm
-        rows = "" if n is None else f", {n} {'rows a task' if section == 'data' else 'shots'}"
-        return NAMES[name] + rows
+        counted = {"data": "rows a task", "budget": "of them"}.get(section, "shots")
+        return NAMES[name] + ("" if n is None else f", {n} {counted}")
 
     def of(self, section: str) -> list[Arm]:
         return [arm for arm in self.arms if arm[0] == section]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from .composer import Composer
 from .task_vector import TaskVector
 
-SECTIONS = ("addition", "data", "fewshot", "negation")
+SECTIONS = ("addition", "data", "fewshot", "negation", "budget")
 ARMS = ("tuned", "sum", "alpha", "isotropic", "atlas", "atlas_lora", "lorahub", "ties", "dare", "adamerging", "joint",
-        "finetune", "lora")  # fmt: skip
+        "finetune", "lora", "random", "feature", "gradient", "blockwise")  # fmt: skip
 
 
 @dataclass
@@ -51,6 +51,12 @@ class ArmArguments:
     )
     joint_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of fine-tuning all weights."})
     shot_learning_rate: float = field(default=1e-5, metadata={"help": "The same on few rows of a new task."})
+    shot_coefficient_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of coefficients there. Unset: --learning_rate."}
+    )
+    shot_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of coefficients there. Unset: --weight_decay."}
+    )
     lora_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of a LoRA (r=4) on few rows."})
     lora_vector_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate over LoRA vectors."})
     adamerging_learning_rate: float = field(default=1e-3, metadata={"help": "AdaMerging's."})
@@ -60,6 +66,7 @@ class ArmArguments:
     search_rows: int = field(default=20, metadata={"help": "Fit rows of each task that this search evaluates on."})
     data_sizes: list[int] = field(default_factory=lambda: [2, 8, 32, 256], metadata={"help": "Fit rows of each task."})
     shots: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "Fit rows of each new task."})
+    budgets: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "Vectors to choose for a new task."})
     shot_steps: int = field(default=60, metadata={"help": "Steps of every fit on a new task."})
     data_steps: int = field(default=60, metadata={"help": "Steps of every fit of the section data."})
     other_steps: int | None = field(
@@ -83,9 +90,14 @@ class ArmArguments:
         for name in ("ties_density", "dare_density", "control_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0 and at most 1")
-        for name in ("data_sizes", "shots"):
+        for name in ("data_sizes", "shots", "budgets"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give numbers of rows, at least 1")
+                raise ValueError(f"--{name} {getattr(self, name)}: give numbers, at least 1")
+
+    def few(self) -> dict[str, Any]:
+        """What is set for coefficients on few rows of a new task, as the trainer's fields."""
+        given = {"learning_rate": self.shot_coefficient_rate, "weight_decay": self.shot_weight_decay}
+        return {"max_steps": self.shot_steps} | {name: value for name, value in given.items() if value is not None}
 
     def composer(
         self, model: nn.Module, vectors: Sequence[TaskVector], seed: int, stream_file: Path | None = None

@@ -12,6 +12,7 @@ from datasets import Dataset
 from .arguments import arm_key
 from .baselines import dare_vector, search_weights, ties_vector
 from .bench import Arm, Bench, set_all
+from .budget import budget
 from .low_rank import LowRankComposer
 from .stages import KeepBest
 
@@ -104,17 +105,17 @@ def data(bench: Bench) -> Iterator[Arm]:
 def fewshot(bench: Bench) -> Iterator[Arm]:
     """New tasks from few rows, by composing the vectors of the others (paper, section 5.1)."""
     a = bench.arguments
-    new = sorted(set(bench.fit["task"]) - set(bench.known))
-    for task in new:
+    for task in bench.new:
         rows = bench.tasks(bench.fit, [task])
         if arm_key("fewshot", "base", task) not in bench.done:
             yield Arm("fewshot", "base", bench.base, task=task)
         for n in a.shots:
-            few: dict[str, Any] = {"rows": bench.first(rows, n), "task": task, "n": n, "max_steps": a.shot_steps}
-            yield from bench.tuned("fewshot", "finetune", learning_rate=a.shot_learning_rate, **few)
-            yield from bench.tuned("fewshot", "lora", learning_rate=a.lora_learning_rate, lora=True, **few)
-            yield from bench.learned("fewshot", "isotropic", **few)
-            yield from bench.learned("fewshot", "atlas", **few)
+            few: dict[str, Any] = {"rows": bench.first(rows, n), "task": task, "n": n}
+            tuning: dict[str, Any] = {**few, "max_steps": a.shot_steps}
+            yield from bench.tuned("fewshot", "finetune", learning_rate=a.shot_learning_rate, **tuning)
+            yield from bench.tuned("fewshot", "lora", learning_rate=a.lora_learning_rate, lora=True, **tuning)
+            yield from bench.learned("fewshot", "isotropic", **few, **a.few())
+            yield from bench.learned("fewshot", "atlas", **few, **a.few())
 
 
 def negation(bench: Bench) -> Iterator[Arm]:
@@ -152,4 +153,4 @@ def negation(bench: Bench) -> Iterator[Arm]:
         )  # fmt: skip
 
 
-SECTIONS = {"addition": addition, "data": data, "fewshot": fewshot, "negation": negation}
+SECTIONS = {"addition": addition, "data": data, "fewshot": fewshot, "negation": negation, "budget": budget}

@@ -119,6 +119,11 @@ class Bench:
     fit_coefficients: Callable[..., Fit] = fit_coefficients
     fine_tune: Callable[..., tuple[Any, Fit]] = fine_tune
 
+    @property
+    def new(self) -> list[str]:
+        """The tasks without a vector."""
+        return sorted(set(self.fit["task"]) - set(self.known))
+
     def wanted(self, section: str, name: str, task: str | None = None, n: int | None = None) -> bool:
         return name in self.arguments.arms and arm_key(section, name, task, n) not in self.done
 
@@ -165,7 +170,7 @@ class Bench:
         if not self.wanted(section, name, task, n):
             return
         if name == "isotropic" and self.arguments.isotropic_learning_rate is not None:
-            changes = {"learning_rate": self.arguments.isotropic_learning_rate, **changes}
+            changes = {**changes, "learning_rate": self.arguments.isotropic_learning_rate}
         composer = composer or (self.isotropic() if name == "isotropic" else self.composer())
         if start:
             with torch.no_grad():
