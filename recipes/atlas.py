@@ -49,7 +49,7 @@ from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
 # Chosen on dev rows of the worlds 10 to 13; the worlds reported are 0 to 2.
 SKILLS = {
-    "sections": ["addition", "data", "fewshot", "negation"], "exclude": [], "max_steps": 120,
+    "sections": ["addition", "data", "fewshot", "negation"], "exclude": [], "max_steps": 100,
     "per_device_train_batch_size": 128, "learning_rate": 0.2, "weight_decay": 0.01,
     "isotropic_learning_rate": 0.1, "adamerging_learning_rate": 1e-2, "joint_learning_rate": 1e-3, "other_steps": 60,
     "search_budget": 40, "data_steps": 40, "shot_steps": 40, "shot_learning_rate": 2e-4,
@@ -66,9 +66,9 @@ PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (False, "smoke"): {"max_steps": 2, "max_fit_rows": 16, "max_eval_rows": 8, "save_strategy": "no"},
 }  # fmt: skip
 TINY = TinyConfig(
-    hidden_size=96, intermediate_size=192, layers=2, heads=6, kv_heads=2, head_dim=20, steps=1300, batch_size=18,
-    length=76, learning_rate=4e-3, unfocused_weight=0.02)  # fmt: skip
-TINY_STEPS = {"default": 1300, "smoke": 400}
+    hidden_size=96, intermediate_size=192, layers=2, heads=6, kv_heads=2, head_dim=20, steps=1600, batch_size=36,
+    length=38, learning_rate=4e-3, unfocused_weight=0.02)  # fmt: skip
+TINY_STEPS = {"default": 1600, "smoke": 400}
 MAKING = {"vector": Making(1e-3), "LoRA": Making(1e-2, rank=8)}  # of 40 steps of 64 rows
 PRELOAD = ["steerbook.trainers.atlas.arms", "steerbook.eval.atlas.report", "steerbook.trainers.tiny_lm"]
 

@@ -13,8 +13,8 @@ from tiny_models import char_tokenizer, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from steerbook.eval.atlas import Completions, accuracy, classify, disentanglement, evaluate, normalised, predicted
 from steerbook.eval.atlas import __main__ as cli
-from steerbook.eval.atlas import accuracy, classify, disentanglement, evaluate, normalised, predicted
 from steerbook.eval.generation import generate
 from steerbook.eval.likelihood import score_tokens
 
@@ -113,6 +113,16 @@ def test_logits_are_kept_from_the_first_scored_token_of_a_batch(model, tokenizer
         with torch.no_grad():
             best = model(input_ids=torch.tensor([row])).logits[0, start - 1 : len(row) - 1].argmax(-1).tolist()
         assert scores.greedy == best and len(best) == len(row) - start
+
+
+def test_means_are_the_values_of_the_metrics_without_intervals(model, tokenizer, rows):
+    uneven = rows[:5] + [{**row, "task": "z", "id": f"z{row['id']}"} for row in rows[5:6]]
+    encoded = Completions(tokenizer, uneven)
+    for scored in (model, tiny_llama(4)):  # tokenised once, scored under several models
+        metrics = evaluate(scored, tokenizer, uneven)["metrics"]
+        found = encoded.means(scored, batch_size=2)
+        expected = (metrics["accuracy"]["value"], metrics["nats_per_token"]["value"])
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_eos_belongs_to_the_completion_when_asked(model, tokenizer, rows):

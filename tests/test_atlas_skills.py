@@ -53,7 +53,7 @@ def read(prompt: str) -> tuple[str, str]:
 
 def test_sizes_roles_and_columns(data):
     assert {split: len(rows) for split, rows in data.items()} == {
-        "train": 8 * 2048, "fit": 11 * 256, "dev": 11 * 128, "test": 11 * 300, "control": 64,
+        "train": 8 * 1024, "fit": 11 * 256, "dev": 11 * 128, "test": 11 * 300, "control": 64,
     }  # fmt: skip
     for split in SPLITS:
         assert data[split].column_names == ["id", "group", "task", "role", "prompt", "completion"]

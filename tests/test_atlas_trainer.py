@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from steerbook.trainers import Composer, TaskVector
 from steerbook.trainers.atlas.coefficient_trainer import penalty_gradient
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer, task_weights
+from steerbook.trainers.multitask import tokenised
 from steerbook.trainers.training import NonFiniteError
 
 TASKS = ("first", "second", "third")
@@ -243,6 +244,53 @@ def test_bad_settings_are_refused(tmp_path):
         AtlasConfig(str(tmp_path), forget_cap=-1.0, use_cpu=True)
     with pytest.raises(ValueError, match="retain_weight=0"):
         AtlasConfig(str(tmp_path), retain_weight=0, use_cpu=True)
+
+
+def test_one_pass_trains_as_two_do_and_resumes(tmp_path):
+    cut = {"per_device_train_batch_size": 5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+           "max_grad_norm": 0.0}  # fmt: skip
+    found = {}
+    for one_pass in (False, True):
+        composer = make()
+        trainer(tmp_path / str(one_pass), composer, one_pass=one_pass, **cut).train()
+        found[one_pass] = composer
+    assert torch.equal(found[True].coefficients, found[False].coefficients)
+    for one, other in zip(found[True].model.parameters(), found[False].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    shutil.copytree(tmp_path / "True" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    resumed = make()
+    learner = trainer(tmp_path / "again", resumed, one_pass=True, **cut)
+    learner.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-3"))
+    assert torch.equal(resumed.coefficients, found[True].coefficients)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_grad_norm": 0.0, "norm_penalty": 1}, {"max_grad_norm": 0.0, "gradient": "unit"},
+     {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}],
+)  # fmt: skip
+def test_one_pass_refuses_what_needs_the_whole_gradient(tmp_path, changes):
+    with pytest.raises(ValueError, match="--max_grad_norm 0"):
+        AtlasConfig(str(tmp_path), one_pass=True, use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize("train_eos", [True, False])
+def test_rows_tokenised_before_train_as_texts_do(tmp_path, train_eos):
+    """And an end-of-text token without loss need not be read."""
+    found = []
+    for before in (False, True):
+        composer = make(torch.float64)
+        data = rows()
+        if before:
+            args = AtlasConfig(str(tmp_path / "t"), use_cpu=True, train_eos=train_eos)
+            data = tokenised(composer.model, char_tokenizer(), data, args)
+            assert data["task"] == rows()["task"] and "forward" not in vars(composer.model)
+        learner = trainer(tmp_path / str(before), composer, data, train_eos=train_eos)
+        batch = next(iter(learner.get_train_dataloader()))
+        assert bool((batch["input_ids"] == char_tokenizer().eos_token_id).any()) is train_eos
+        learner.train()
+        found.append((composer.coefficients.detach(), [log.get("loss") for log in learner.state.log_history]))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
