@@ -137,9 +137,17 @@ def check_tasks(settings: Settings, data: Any) -> None:
     for section in {"fewshot", "budget"} & set(sections):
         if set(data["test"]["task"]) == known:
             raise ValueError(f"--sections {section} needs --new_tasks name=PATH: tasks without a vector")
+    if "budget" in sections and quantised(settings):
+        raise ValueError(
+            "--sections budget takes gradients of the base's weights, which a quantised base does not have"
+        )
     count = len(known if settings.vectors.task_vectors is None else settings.vectors.task_vectors)
     if "budget" in sections and max(settings.arms.budgets) > count:
         raise ValueError(f"--budgets {max(settings.arms.budgets)}: there are {count} task vectors to choose from")
+
+
+def quantised(settings: Settings) -> bool:
+    return settings.model.load_in_4bit or settings.model.load_in_8bit
 
 
 def load(settings: Settings, args: AtlasDataArguments, data: Any, seed: int, keep_in: Path | None = None) -> Any:
@@ -218,7 +226,8 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         max_length=training.max_length, train_eos=training.train_eos, save_strategy="no",
         disable_tqdm=training.disable_tqdm,
     )  # fmt: skip
-    fit, dev = tokenised(base, tokenizer, data["fit"], tuning), data["dev"]
+    # Once for all the short fits; on a quantised base TRL makes no trainer without an adapter, so there for each fit.
+    fit, dev = data["fit"] if quantised(settings) else tokenised(base, tokenizer, data["fit"], tuning), data["dev"]
     bench = Bench(base, tokenizer, known, vectors, lora_vectors, fit, dev, training, tuning, settings.arms, folder,
                   score, done)  # fmt: skip
     for section in settings.arms.sections:

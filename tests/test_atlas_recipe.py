@@ -242,6 +242,26 @@ def test_every_configuration_runs_on_a_tiny_model_of_its_family(recipe, tmp_path
     assert {f"addition_{arm}" for arm in content["arms"] if arm != "tuned"} <= ran
 
 
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_adapters_on_a_quantised_base(recipe, flags, error, world, tmp_path, bits):
+    names = []
+    for number, skill in enumerate(SKILLS):
+        torch.manual_seed(number)
+        base = AutoModelForCausalLM.from_pretrained(world / "base")
+        adapter = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False))
+        adapter.save_pretrained(tmp_path / skill)
+        names += [flag for flag in flags if flag == f"{skill}={world}/vectors/{skill}"]
+    lora = [
+        f"{flag.partition('=')[0]}={tmp_path / flag.partition('=')[0]}" if flag in names else flag for flag in flags
+    ]
+    lora += [f"--load_in_{bits}bit", "true", "--arms", "alpha", "atlas"]
+    text = error(*lora, "--sections", "budget", "--new_tasks", f"poems={write_task(tmp_path / 'p.jsonl', 'poems')}")
+    assert "quantised" in text
+    recipe.main(lora)
+    found = results(tmp_path)
+    assert found["status"] == "finished" and found["metrics"]["after"]["accuracy"]
+
+
 def test_dry_run_shows_bytes_and_leaves_nothing(recipe, flags, tmp_path, capsys):
     recipe.main([*flags, "--dry_run", "true"])
     output = capsys.readouterr().out

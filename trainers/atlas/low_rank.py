@@ -158,7 +158,8 @@ class _Branch(LoraVariant):
         middle = linear(x, a)
         # A bf16 P times fp32 factors is computed, and differentiated, in fp32; autograd keeps P in bf16.
         scaled = (middle * self.factors().to(middle.device)).to(middle.dtype)
-        return torch.addmm(result.flatten(0, -2), scaled.flatten(0, -2), b.T).reshape(result.shape)
+        whole = torch.addmm(result.flatten(0, -2).to(scaled.dtype), scaled.flatten(0, -2), b.T)
+        return whole.reshape(result.shape)  # PEFT gives it the type of the result again
 
 
 def base_of(vectors: Sequence[TaskVector], model: nn.Module) -> str:
