@@ -235,6 +235,22 @@ def test_few_shot_claims():
     }
 
 
+def test_budget_claims():
+    def make(seed):
+        return [
+            record("budget", name, rows(**{task: share(right, 100)}), task=task, n=2)
+            for name, right in (("random", 0.7), ("gradient", 0.8 + 0.01 * seed), ("blockwise", 0.6 + 0.1 * seed))
+            for task in ("sec", "smax")
+        ]
+
+    results = of_seeds(make)
+    assert results.label(("budget", "blockwise", 2)) == "vectors by gradient, by block, 2 of them"
+    assert verdicts(results) == {
+        "budget: vectors by gradient above random vectors, 2 of them": True,
+        "budget: vectors by gradient, by block above random vectors, 2 of them": False,
+    }
+
+
 def negation(target, control, dev_control=0.97):
     test = {task: share(0.9, 100) for task in ("a", "b", "c")}
     made = [record("negation", "base", rows(**test))]

@@ -65,6 +65,12 @@ def claims(results: Results, toy: bool) -> list[dict[str, Any]]:
             if results.has(ours, "test") and results.has(theirs, "test"):
                 text = f"few-shot: aTLAS above {NAMES[name]} at {n} shots"
                 made.append(claim(text, results.combination({ours: 1, theirs: -1}, *place), 0.0))
+    for n in results.sizes("budget"):
+        for name in ("feature", "gradient", "blockwise"):
+            ours, theirs = ("budget", name, n), ("budget", "random", n)
+            if results.has(ours, "test") and results.has(theirs, "test"):
+                text = f"budget: {NAMES[name]} above {NAMES['random']}, {n} of them"
+                made.append(claim(text, results.combination({ours: 1, theirs: -1}, *place), 0.0))
     base, alpha, atlas = (("negation", name, None) for name in ("base", "alpha", "atlas"))
     if results.has(atlas, "test") and results.has(alpha, "test"):
         kept, count = rule_kept(results)
