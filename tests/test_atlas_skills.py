@@ -177,7 +177,13 @@ def test_a_plain_word_means_its_skill_and_a_tag_mostly_something_else(documents)
                 agree[asks].update(task for task in tasks if expected(task, word).upper() == said)
     plain = sum(asked[word] for word in tag_of) / asked.total()
     assert plain == pytest.approx(0.5, abs=0.01)
-    assert max(asked.values()) / min(asked.values()) < 1.1
+    # Alike for tags and words, and for skills of one weight; more often for a larger weight.
+    often: dict[float, list[int]] = {}
+    for tag, word in skills.PLAIN_WORDS.items():
+        often.setdefault(skills.ASKED.get(tag, 1.0), []).extend((asked[tag], asked[word]))
+    assert all(max(counts) / min(counts) < 1.15 for counts in often.values())
+    assert sorted(often) == [1.0, 1.5, 2.5]
+    assert max(often[1.0]) * 1.1 < min(often[1.5]) and max(often[1.5]) * 1.1 < min(often[2.5])
     for tag, counts in agree.items():
         # Skills coincide on some lists, so that the shares seen are at least those that were drawn.
         assert counts[tag] / asked[tag] > 0.30 and counts[mixed[tag][0]] / asked[tag] > 0.40
