@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from .blocks import split_blocks
 from .partition import partition_indices
 from .rounding import rounded
 from .shards import local_part, plain_name, shard_bounds
-from .slots import Slot
+from .slots import Slot, cut
 from .sources import Resident, Stream, align
 from .task_vector import Entry, TaskVector
 
@@ -95,11 +96,11 @@ class Composer:
         if any(hasattr(parameter, MARK) for parameter in model.parameters()):
             raise ValueError("another composer holds this model; call its remove() (or remove(keep=True)) first")
         targets, vectors = align(vectors, model)
-        cut = split_blocks(model, targets, blocks, include, exclude)
-        self.model, self.block_names = model, list(cut)
+        members = split_blocks(model, targets, blocks, include, exclude)
+        self.model, self.block_names = model, list(members)
         self.rounding, self.partitions, self.seed = rounding, partitions, seed
         self.compositions = 0  # counts `compose`, so that stochastic rounding can be repeated
-        composed = {name: targets[name] for members in cut.values() for name in members}
+        composed = {name: targets[name] for names in members.values() for name in names}
         first = next(iter(composed.values()))
         self.dtype = dtype or torch.promote_types(first.dtype, torch.float32)
         self._source: Resident | Stream
@@ -107,14 +108,13 @@ class Composer:
             self._source = Resident(vectors, composed)
         else:
             self._source = Stream(vectors, list(composed), stream_file)
-        shape = (len(vectors), len(cut)) + ((partitions,) if partitions > 1 else ())
+        shape = (len(vectors), len(members)) + ((partitions,) if partitions > 1 else ())
         self.coefficients = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=first.device))
         self._slots = [
-            Slot(name, number, targets[name], targets[name].detach().clone().reshape(-1))
-            for number, members in enumerate(cut.values())
-            for name in members
+            Slot(name, number, len(vectors), targets[name], targets[name].detach().clone().reshape(-1))
+            for number, names in enumerate(members.values())
+            for name in names
         ]
-        self._slots_of = [[slot for slot in self._slots if slot.block == block] for block in range(len(cut))]
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._update: Callable[[int], None] | None = None
@@ -178,7 +178,7 @@ class Composer:
         for slot in self._slots:
             shape, device = slot.parameter.shape, slot.parameter.device
             values[slot.name] = slot.base.reshape(shape)
-            pieces = [self._sum(slot, start, stop, device) for start, stop in slot.tiles(len(self.coefficients))]
+            pieces = [self._sum(slot, start, stop, device) for start, stop in slot.tiles]
             directions[slot.name] = torch.cat(pieces).to(slot.base.dtype).reshape(shape)
         return values, directions
 
@@ -208,16 +208,18 @@ class Composer:
         """
         self._detach()
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-        for slot in self._slots:
-            slot.parameter = parameters[slot.name]
-            if isinstance(slot.parameter, DTensor):
-                start, stop = shard_bounds(slot.name, slot.parameter)
-                slot.base, slot.start = slot.base[start:stop].clone(), start
+        for number, slot in enumerate(self._slots):
+            parameter, base, start = parameters[slot.name], slot.base, 0
+            if isinstance(parameter, DTensor):
+                start, stop = shard_bounds(slot.name, parameter)
+                base = base[start:stop].clone()
                 self._source.keep(slot.name, start, stop)
+            self._slots[number] = replace(slot, parameter=parameter, base=base, start=start)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
         self.model = model
+        self._slots_of = [[slot for slot in self._slots if slot.block == b] for b in range(len(self.block_names))]
         composed = {id(slot.parameter) for slot in self._slots}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in composed)
@@ -244,8 +246,8 @@ class Composer:
             if self.coefficients.grad is None:
                 self.coefficients.grad = torch.zeros_like(self.coefficients)
             column = self.coefficients.grad[:, slot.block]
-            for start, stop in slot.tiles(len(self.coefficients)):
-                piece = gradient[start:stop].to(self.dtype)
+            for start, stop in slot.tiles:
+                piece = cut(gradient, start, stop).to(self.dtype)
                 stack = self._source.read(slot.name, start, stop).to(gradient.device, self.dtype)
                 if self.partitions == 1:
                     part = stack @ piece
@@ -271,9 +273,8 @@ class Composer:
     def _write(self, slot: Slot, number: int) -> None:
         """Compose one parameter, for the `number`-th time."""
         weights = local_part(slot.parameter).reshape(-1)  # a view: parameters are contiguous (see _attach)
-        for start, stop in slot.tiles(len(self.coefficients)):
-            base = slot.base[start:stop].to(weights.device, self.dtype)
-            part = weights[start:stop]
+        for start, stop in slot.tiles:
+            base, part = cut(slot.base, start, stop).to(weights.device, self.dtype), cut(weights, start, stop)
             # The movement first: added to the base one by one, small terms would be rounded at its size.
             movement = self._sum(slot, start, stop, weights.device)
             value = torch.add(base, movement, out=part if part.dtype == self.dtype else None)

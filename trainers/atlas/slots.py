@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -19,13 +19,19 @@ class Slot:
 
     name: str
     block: int
+    vectors: int  # how many of them move it
     parameter: nn.Parameter
     base: Tensor  # flat, the part that this process holds
     start: int = 0  # of that part in the whole tensor
 
-    def tiles(self, vectors: int) -> Iterator[tuple[int, int]]:
+    @cached_property
+    def tiles(self) -> list[tuple[int, int]]:
         """Pieces that need the same memory for any number of vectors, and are the same for every placement."""
         values = TILE if self.parameter.device.type == "cpu" else 64 * TILE
-        size, step = self.base.numel(), max(1, values // vectors)
-        for start in range(0, size, step):
-            yield start, min(size, start + step)
+        size, step = self.base.numel(), max(1, values // self.vectors)
+        return [(start, min(size, start + step)) for start in range(0, size, step)]
+
+
+def cut(values: Tensor, start: int, stop: int) -> Tensor:
+    """`values[..., start:stop]`, sooner where that is all: a slice costs as much as a small product."""
+    return values if stop - start == values.shape[-1] else values[..., start:stop]

@@ -20,6 +20,7 @@ from ...files import is_main_process
 from ..fingerprint import model_fingerprint
 from .entries import Entry, LazyTensors
 from .matching import listed, matched
+from .slots import cut
 from .storage import TileReader, write_blocks
 from .task_vector import TaskVector, refuse_non_finite
 
@@ -85,7 +86,7 @@ class Resident:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]"""
-        return self._stacks[name][:, start:stop]
+        return cut(self._stacks[name], start, stop)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stacks[name].dtype
