@@ -80,27 +80,27 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
         self._step_tokens: Tensor | None = None
         self._seen = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=self.args.device)  # nats, tokens
 
-    def token_nats(self, model: Any, inputs: dict[str, Any], tasks: Tensor) -> tuple[Tensor, Tensor]:
-        """Nats of every completion token of the batch, and the task each belongs to; both [tokens]."""
+    def token_nats(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Nats of every completion token of the batch, and the row each belongs to; both [tokens]."""
         outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)  # use_cache would join packed rows
         seen = outputs.label_mask.bool()
-        return -outputs.log_probs[seen], tasks[:, None].expand_as(seen)[seen]
+        return -outputs.log_probs[seen], row_of_each(seen)
 
-    def token_loss(self, nats: Tensor, tasks: Tensor) -> Tensor:
-        """What enters a task's mean for each token; nats [tokens], tasks [tokens] (numbers of `self.tasks`)."""
-        return nats
+    def mean_losses(self, nats: Tensor, tasks: Tensor, rows: Tensor, whole: Tensor) -> Tensor:
+        """What this batch adds to each task's mean [tasks]; of its tokens: nats, tasks (numbers of `self.tasks`) and
+        rows [tokens]; `whole`: tokens of each task in the optimiser step [tasks]."""
+        return nats.new_zeros(len(self.tasks)).index_add(0, tasks, nats) / whole.clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         mode = "train" if self.model.training else "eval"
         tasks = inputs.pop("task_id")
-        nats, of_token = self.token_nats(model, inputs, tasks)
+        nats, rows = self.token_nats(model, inputs)
+        of_token = tasks[rows]
         here = torch.bincount(of_token, minlength=len(self.tasks))
         whole = here if mode == "eval" or self._step_tokens is None else self._step_tokens
-        weights = self.task_weights.to(nats.device)
-        losses = nats.new_zeros(len(self.tasks)).index_add(0, of_token, self.token_loss(nats, of_token))
-        loss = (weights * losses / whole.clamp(min=1)).sum()
+        loss = (self.task_weights.to(nats.device) * self.mean_losses(nats, of_token, rows, whole)).sum()
         if mode == "train":
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
             attended = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
@@ -141,6 +141,11 @@ def tokenised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: 
     """The rows with `input_ids` and `labels` beside their columns, as TRL makes them: once for many short fits."""
     with own_forward(model):
         return MultiTaskTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+
+def row_of_each(seen: Tensor) -> Tensor:
+    """Of every true place of `seen` [rows, width] the number of its row [places]."""
+    return torch.arange(len(seen), device=seen.device)[:, None].expand_as(seen)[seen]
 
 
 class _TaskCollator:

@@ -9,7 +9,8 @@ question), `task`, `role` ("main" or "hint"), `items` (numbers of the list, digi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -166,8 +167,6 @@ def build(args: HintingDataArguments) -> DatasetDict:
 
     Raises ValueError for arguments that contradict each other.
     """
-    from dataclasses import replace
-
     from datasets import Dataset, DatasetDict
 
     args = replace(args, queries=1)
@@ -176,11 +175,12 @@ def build(args: HintingDataArguments) -> DatasetDict:
     names, world = [task.name for task in rows.tasks], rows.family
     train: list[dict[str, Any]] = []
     number = 0
-    while len(train) < count:
+    while len(train) < count:  # whole steps, so that the cut below keeps the mixture
         step = rows.step(number)
         for ids, targets, length, place in zip(*(part.tolist() for part in step), strict=True):
             train.append(_text_row(world, args, names[place], ids, targets, length, f"train-{len(train)}"))
         number += 1
+    Random(args.rows_seed).shuffle(train)
     splits = {"train": Dataset.from_list(train[:count])}
     for length, found in test_sets(args).items():
         made = [

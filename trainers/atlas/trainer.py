@@ -97,21 +97,23 @@ class AtlasTrainer(CoefficientTrainer, MultiTaskTrainer):
         )
         self._take_over_engines()
 
-    def token_nats(self, model: Any, inputs: dict[str, Any], tasks: Tensor) -> tuple[Tensor, Tensor]:
+    def token_nats(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.args.entropy_below is None:
-            return super().token_nats(model, inputs, tasks)
+            return super().token_nats(model, inputs)
         seen = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         last = inputs["attention_mask"].sum(1) - 1  # rows are padded on the right
         logits = model(**seen, use_cache=False).logits
         entropies = torch.distributions.Categorical(logits=logits[torch.arange(len(last)), last].float()).entropy()
         reliable = entropies.detach() < self.args.entropy_below * math.log(logits.shape[-1])
-        return torch.where(reliable, entropies, torch.zeros_like(entropies)), tasks
+        return torch.where(reliable, entropies, torch.zeros_like(entropies)), torch.arange(
+            len(last), device=last.device
+        )
 
-    def token_loss(self, nats: Tensor, tasks: Tensor) -> Tensor:
-        if self.args.forget_cap is None:
-            return nats
-        forgotten = self.task_weights.to(nats.device)[tasks] < 0
-        return torch.where(forgotten, nats.clamp(max=self.args.forget_cap), nats)
+    def mean_losses(self, nats: Tensor, tasks: Tensor, rows: Tensor, whole: Tensor) -> Tensor:
+        if self.args.forget_cap is not None:
+            forgotten = self.task_weights.to(nats.device)[tasks] < 0
+            nats = torch.where(forgotten, nats.clamp(max=self.args.forget_cap), nats)
+        return super().mean_losses(nats, tasks, rows, whole)
 
 
 def prompts_only(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

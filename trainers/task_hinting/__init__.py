@@ -1,0 +1,13 @@
+"""Task hinting: train a simpler task beside the main one, so that this works on longer inputs (arXiv 2310.00726)."""
+
+from .models import ScratchConfig, named_tokenizer, scratch_model
+from .softmax import LengthSoftmax, length_softmax, use_length_softmax
+
+__all__ = [
+    "LengthSoftmax",
+    "ScratchConfig",
+    "length_softmax",
+    "named_tokenizer",
+    "scratch_model",
+    "use_length_softmax",
+]
