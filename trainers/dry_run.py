@@ -10,14 +10,16 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, Trainer
 
 
-def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> None:
+def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int = 3, between: str = "") -> None:
     """Print the first rows of the first batch as the trainer will see them, then parameters and memory.
 
     The masks are read from the collated batch itself (labels, or DPO's completion mask), not worked out again.
+    `between`: what to show between tokens, where they have no spaces of their own.
     """
     console = Console(highlight=False)
     batch = next(iter(trainer.get_train_dataloader()))
-    ids, seen = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
+    ids = batch["input_ids"].cpu()
+    seen = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else ids != tokenizer.pad_token_id
     loss = batch["completion_mask"].cpu().bool() if "completion_mask" in batch else batch["labels"].cpu() != -100
     count = len(ids) // 2 if "completion_mask" in batch else len(ids)  # DPO: chosen rows, then rejected ones
     console.print(Text("First rows; [the tokens that carry loss] are green:", style="bold"))
@@ -29,7 +31,9 @@ def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int
             for place, token in enumerate(ids[index][seen[index]]):
                 opens = marks[place] and not (place and marks[place - 1])
                 closes = marks[place] and not (place + 1 < len(marks) and marks[place + 1])
-                piece = "[" * opens + tokenizer.decode(token).replace("\n", "\\n") + "]" * closes
+                piece = (
+                    between * bool(place) + "[" * opens + tokenizer.decode(token).replace("\n", "\\n") + "]" * closes
+                )
                 text.append(piece, style="bold green" if marks[place] else "dim")
             console.print(text)
     tokens = int(seen.sum())

@@ -49,7 +49,9 @@ class HintingDataArguments:
     mix: Literal["fixed", "random", "alternate"] = field(
         default="fixed", metadata={"help": "Rows a step: exactly so many, drawn, or one task a step in turn."}
     )
-    queries: int = field(default=3, metadata={"help": "Items that a hint row asks about."})
+    queries: int = field(
+        default=3, metadata={"help": "Items that a hint row asks about, where each has one token for an answer."}
+    )
     prompt_style: Literal["auto", "shared", "distinct"] = field(
         default="auto",
         metadata={

@@ -80,7 +80,7 @@ def make_rows(
 
     Args:
         shared: a hint's mark is SEP, as the main task's.
-        queries: how many questions about one list a hint row has, where the hint asks about single items.
+        queries: how many questions about one list a hint row has, where each has a single item and answer.
     """
     problem = family.draw(arrays, task, lengths, longest)
     mark = SEP if shared or task == family.main else len(SPECIAL) + family.hints.index(task)

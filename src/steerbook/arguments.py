@@ -49,7 +49,7 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**values)
 
 
-def check_unused(training: TrainingArguments, model: ModelConfig) -> None:
+def check_unused(training: TrainingArguments, model: ModelConfig | None = None) -> None:
     """ValueError for flags of the libraries underneath that would have no effect in a recipe, with what to do instead.
 
     A recipe measures every arm itself, in one process after the other or under DDP.
@@ -65,6 +65,8 @@ def check_unused(training: TrainingArguments, model: ModelConfig) -> None:
             raise ValueError(f"--{name} has no effect here: {way}")
     if training.seed != 42:
         raise ValueError(f"--seed {training.seed} has no effect; use --seeds {training.seed}")
+    if model is None:
+        return
     usual = ModelConfig()
     for name, value in asdict(model).items():
         if name.startswith("lora_") and value != getattr(usual, name):

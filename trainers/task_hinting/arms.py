@@ -1,0 +1,130 @@
+"""What a run compares, and how each of it is trained: compute-matched plain training, hints, controls, softmax."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PrinterCallback, set_seed
+
+from ..checkpoints import newest_complete_checkpoint
+from .models import ScratchConfig, named_tokenizer, scratch_model
+from .softmax import LengthSoftmax, save, use_length_softmax
+from .trainer import HintingConfig, HintingTrainer, Stream
+
+ARMS = ("standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of the comparison.
+
+    Attributes:
+        key: its folder and its name in results.
+        hints: what is trained beside the main task.
+        extra: whether the main task has the hint's rows on top (equal rows in all, where `hints` is empty).
+        softmax: whether attention has the length-aware softmax in training.
+    """
+
+    key: str
+    hints: tuple[str, ...] = ()
+    extra: bool = False
+    softmax: bool = False
+
+
+@dataclass
+class ArmArguments:
+    """What to compare; the hints themselves are the data's (--hints)."""
+
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": f"What to train: {', '.join(ARMS)}."}
+    )
+    control_hint: str = field(
+        default="copy", metadata={"help": "A hint that should not help, trained like the others."}
+    )
+    softmax_rule: Literal["log", "learn", "ssmax"] = field(
+        default="log", metadata={"help": "Rule of the length-aware softmax in training."}
+    )
+    softmax_count: Literal["items", "keys"] = field(
+        default="items", metadata={"help": "Its length: items of the problem, or keys that a query sees."}
+    )
+    softmax_n0: float | None = field(
+        default=None, metadata={"help": "Length at which it is the usual one (default: the longest in training)."}
+    )
+    softmax_at_test: bool = field(
+        default=True, metadata={"help": "Measure models trained without it also with it switched on (rule log)."}
+    )
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown:
+            raise ValueError(f"unknown arm {unknown[0]!r} in --arms; known: {', '.join(ARMS)}")
+        LengthSoftmax(self.softmax_rule, self.softmax_n0 or 2.0)
+
+    def planned(self, hints: Collection[str]) -> list[Arm]:
+        """All models to train, in the table's order; ValueError for a control among the hints."""
+        if "control" in self.arms and self.control_hint in hints:
+            raise ValueError(f"--control_hint {self.control_hint} is one of --hints; name another, or drop the arm")
+        made = {
+            "standard": [Arm("standard")],
+            "standard_total": [Arm("standard_total", extra=True)],
+            "hint": [Arm(f"hint_{hint}", (hint,)) for hint in hints],
+            "control": [Arm(f"control_{self.control_hint}", (self.control_hint,))],
+            "softmax": [Arm("softmax", softmax=True)],
+            "hint_softmax": [Arm(f"hint_softmax_{hint}", (hint,), softmax=True) for hint in hints],
+        }
+        return [arm for name in ARMS if name in self.arms for arm in made[name]]
+
+    def softmax(self, longest: int, longest_row: int, at_test: bool = False) -> LengthSoftmax:
+        """In training, or switched on for a test; `longest` items and `longest_row` tokens were trained on."""
+        n0 = self.softmax_n0 or float(longest if self.softmax_count == "items" else longest_row)
+        if at_test:
+            return LengthSoftmax("log", n0, self.softmax_count, least=1.0)
+        return LengthSoftmax(self.softmax_rule, n0, self.softmax_count)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained model, its log and what it cost."""
+
+    model: PreTrainedModel
+    log: list[dict[str, float]]
+    seconds: float
+    trained: int
+
+
+def fit(
+    stream: Stream,
+    vocabulary: list[str],
+    scratch: ScratchConfig,
+    args: HintingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    longest_row: int,
+    softmax: LengthSoftmax | None = None,
+) -> Fit:
+    """Train a model from scratch on all rows of the stream's steps, in `folder`, going on from the newest complete
+    checkpoint there; the model is saved in `folder/model`. The same seed: the same initial weights in every arm."""
+    set_seed(seed)
+    args = copy.copy(args)
+    args.output_dir, args.seed = str(folder), seed
+    args.per_device_train_batch_size = stream.rows // (args.gradient_accumulation_steps * args.world_size)
+    model = scratch_model(len(vocabulary), scratch, seed, longest_row)
+    if softmax is not None:
+        use_length_softmax(model, softmax)
+    tokenizer = named_tokenizer(vocabulary)
+    trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer)
+    if args.disable_tqdm:  # else transformers prints every log line instead
+        trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    checkpoint = newest_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+    save(model.eval(), folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return Fit(model, trainer.state.log_history, seconds, sum(p.numel() for p in model.parameters()))
