@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")
 PACKAGES = ("steerbook", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -35,10 +36,17 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU since the process started, without one of the process itself (weights, libraries and all)."""
+    """Bytes held at most since the last call: of the GPU, without one of the process (libraries and all). Where the
+    system cannot start anew (neither Linux nor a GPU), since the start."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    STATUS.with_name("clear_refs").write_text("5")  # proc(5): sets the peak to what is held
+    return 1024 * int(line.split()[1])
 
 
 def git_revision() -> str | None:

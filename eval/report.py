@@ -97,8 +97,7 @@ class RunFolder:
         return False
 
     def data(self, fingerprint: str, counts: Mapping[str, int]) -> None:
-        """Record what the run is on. Raises FileExistsError if the folder already has results for other data."""
-        self._check_open()
+        """Record what the run is on; of a finished one, compare. FileExistsError if its results are for other data."""
         data = to_json({"fingerprint": fingerprint, "counts": counts}, "data")
         earlier = self.results.setdefault("data", data)
         if earlier != data:
@@ -106,7 +105,8 @@ class RunFolder:
                 f"{self.path} holds results for other data ({earlier['fingerprint']}, {earlier['counts']}; now "
                 f"{fingerprint}, {dict(counts)}); choose another folder"
             )
-        self._write()
+        if not self.finished:
+            self._write()
 
     def update(self, **sections: Any) -> None:
         """Set sections of ``results.json`` (``SECTIONS``); a mapping is merged, key by key, into what is there.

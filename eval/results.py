@@ -135,6 +135,7 @@ def table(results: Results, shown: Sequence[Column], arms: Iterable[Arm] | None 
             "seconds": float(np.mean([record["seconds"] for record in drawn])),
             "draws": len(results.draws(results.seeds[0], arm)),
             "tokens_per_second": float(np.mean([tokens_per_second(record) for record in drawn])),
+            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in drawn),
         }
         for column in shown:
             if results.has(arm, column.split):
@@ -162,6 +163,7 @@ def screen_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> l
     lines = []
     for row in rows:
         line = {"method": row["method"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        line["MB"] = f"{row['peak_memory_bytes'] / 1e6:,.0f}"
         for number, column in enumerate(shown):
             if column.title not in row:
                 continue

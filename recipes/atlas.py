@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -37,13 +38,15 @@ from steerbook.eval.report import RunFolder
 from steerbook.trainers.atlas.arguments import ArmArguments, arm_key
 from steerbook.trainers.atlas.arms import SECTIONS
 from steerbook.trainers.atlas.bench import Arm, Bench
-from steerbook.trainers.atlas.dry_run import show_composition
+from steerbook.trainers.atlas.checks import check_flags, check_sections, check_vectors
+from steerbook.trainers.atlas.dry_run import show_composition, show_low_rank
+from steerbook.trainers.atlas.low_rank import LowRankComposer
 from steerbook.trainers.atlas.stages import text_columns
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
 from steerbook.trainers.atlas.vectors import Making, competent_base, embedded_vectors, given_vectors
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
-from steerbook.trainers.multitask import MultiTaskConfig, tokenised
+from steerbook.trainers.multitask import MultiTaskConfig, MultiTaskTrainer, tokenised
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
@@ -114,36 +117,25 @@ def parse(argv: list[str]) -> Settings:
         if model.model_name_or_path not in (None, vectors.base):
             raise ValueError(f"--base {vectors.base} and --model_name_or_path {model.model_name_or_path} differ")
         model.model_name_or_path = vectors.base
-    if (model.model_name_or_path is None) != (vectors.task_vectors is None):
-        raise ValueError("--base and --task_vectors go together: vectors are differences to one base")
+    given = [model.model_name_or_path, vectors.task_vectors, data.tasks]
+    if any(value is None for value in given) and not all(value is None for value in given):
+        raise ValueError("--base, --task_vectors and --tasks go together; without any it is the embedded world")
     check_unused(settings.training, model)
+    check_flags(settings.training)
     return settings
 
 
-def check_tasks(settings: Settings, data: Any) -> None:
-    """Before any time is spent: ValueError for a section that these tasks and vectors do not allow."""
+def check_run(settings: Settings, data: Any) -> str:
+    """Before any time is spent: ValueError for what these tasks and vectors do not allow. A key of given vectors."""
     known = set(data["test"].filter(lambda role: role == "known", input_columns="role")["task"])
-    sections, forget = settings.arms.sections, settings.arms.forget or []
-    given = known
-    if settings.vectors.task_vectors is not None:
-        given = {source.rpartition("=")[0] for source in settings.vectors.task_vectors} & known
-    if "negation" in sections and not forget:
-        raise ValueError("--sections negation needs --forget: the tasks to negate, one after the other")
-    unknown = sorted(set(forget) - given)
-    if "negation" in sections and unknown:
-        raise ValueError(
-            f"--forget {unknown[0]}: no task with a vector of its own; there are {', '.join(sorted(given)) or 'none'}"
-        )
-    for section in {"fewshot", "budget"} & set(sections):
-        if set(data["test"]["task"]) == known:
-            raise ValueError(f"--sections {section} needs --new_tasks name=PATH: tasks without a vector")
-    if "budget" in sections and quantised(settings):
-        raise ValueError(
-            "--sections budget takes gradients of the base's weights, which a quantised base does not have"
-        )
-    count = len(known if settings.vectors.task_vectors is None else settings.vectors.task_vectors)
-    if "budget" in sections and max(settings.arms.budgets) > count:
-        raise ValueError(f"--budgets {max(settings.arms.budgets)}: there are {count} task vectors to choose from")
+    sources = settings.vectors.task_vectors
+    named = known if sources is None else {source.rpartition("=")[0] for source in sources} & known
+    count = len(known if sources is None else sources)
+    check_sections(settings.arms, Counter(data["fit"]["task"]), known, named, count, quantised(settings))
+    if sources is None:
+        return "embedded"
+    vectors, _ = given_vectors(settings.model, sources, settings.vectors.vector_dtype)
+    return check_vectors(settings.arms, vectors, quantised(settings))
 
 
 def quantised(settings: Settings) -> bool:
@@ -237,8 +229,9 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             if section not in ("data", "budget") and arm.name != "tuned":
                 splits["control"] = evaluate(arm.model, tokenizer, data["control"], **scoring)["samples"]
             facts = {"peak_memory_bytes": peak_memory(), "splits": splits}
-            if arm.key == arm_key("addition", "atlas") and set(known) <= set(vectors):
-                facts["disentanglement"] = entangled(arm, known, data["dev"], tokenizer, scoring)
+            if arm.key == arm_key("addition", "atlas") and 1 < len(known) and set(known) <= set(vectors):
+                matrix = entangled(arm, known, data["dev"], tokenizer, scoring)
+                facts |= {"disentanglement": matrix, "disentanglement_tasks": known}
             arm.record(folder, **facts)
             report(arm.key)
 
@@ -257,26 +250,30 @@ def main(argv: list[str]) -> None:
         toy = settings.model.model_name_or_path is None
         args = [atlas_data.of_seed(settings.data, seed) for seed in seeds]
         data = [atlas_data.build(one) for one in args]
-        check_tasks(settings, data[0])
+        contents = check_run(settings, data[0])
         if settings.recipe.dry_run:
             quiet_libraries()
             model, tokenizer = load(settings, args[0], data[0], seeds[0])
-            vectors, *_ = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
+            vectors, lora_vectors, *_ = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
+            given, rows = list(vectors.values()), text_columns(data[0]["fit"])
             with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
-                composer = settings.arms.composer(model, list(vectors.values()), training.seed)
-                trainer = AtlasTrainer(composer, training, text_columns(data[0]["fit"]), tokenizer)
-                show_dry_run(trainer, tokenizer)
-                return show_composition(composer)
+                if lora_vectors is vectors:
+                    composer = LowRankComposer(model, given, settings.arms.low_rank_mode)
+                    show_dry_run(AtlasTrainer(composer, training, rows, tokenizer), tokenizer)
+                    return show_low_rank(composer)
+                model.requires_grad_(False)  # coefficients are trained, which are shown below
+                show_dry_run(MultiTaskTrainer(model, training, rows, processing_class=tokenizer), tokenizer)
+                return show_composition(model, given, settings.arms)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="atlas", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
+        counts = {split: len(rows) for split, rows in data[0].items()}
+        run.data("-".join([*(fingerprint(rows)[:12] for rows in data), contents[:12]]), counts)
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
             if toy:
                 print("A toy: tiny models, trained here once and cached. It shows nothing about large models.")
-            counts = {split: len(rows) for split, rows in data[0].items()}
-            run.data("-".join(fingerprint(rows)[:12] for rows in data), counts)
             run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel=toy and training.world_size == 1)
             base = {"name": "tiny_lm", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
                 "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip

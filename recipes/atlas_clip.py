@@ -35,6 +35,7 @@ from steerbook.eval.atlas.summary import Results
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.trainers.atlas.arguments import arm_key
+from steerbook.trainers.atlas.checks import check_vectors
 from steerbook.trainers.atlas.dry_run import show_composition
 from steerbook.trainers.atlas.image_arms import SECTIONS, ImageArmArguments, ImageBench
 from steerbook.trainers.atlas.image_stages import (
@@ -187,7 +188,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             if arm.key == arm_key("addition", "atlas") and len(known) > 1:
                 own = {task: bench.tasks(data["dev"], [task]) for task in known}
                 pairs = arm.pairs(known, lambda model, task: predicted(measured(model, own[task])["samples"]))  # noqa: B023
-                facts["disentanglement"] = disentanglement(pairs)["matrix"]
+                facts |= {"disentanglement": disentanglement(pairs)["matrix"], "disentanglement_tasks": known}
             arm.record(folder, **facts)
             report(arm.key)
 
@@ -208,10 +209,17 @@ def main(argv: list[str]) -> None:
             print(", ".join(f"{split} {count}" for split, count in counts.items()))
             for row in data[0]["classes"].select(range(3)):
                 print(f"  {row['task']} {row['label']}: {' | '.join(row['prompts'])}")
-            return show_composition(settings.arms.composer(clip, list(vectors.values()), seeds[0]))
+            return show_composition(clip, list(vectors.values()), settings.arms)
+        contents = "embedded"
+        if not toy:  # NaN and zero vectors are found before any time is spent
+            clip, *_ = load_clip(settings.base.base, settings.base.base_revision, Path)
+            vectors = given_image_vectors(clip, settings.base.task_vectors or [])
+            contents = check_vectors(settings.arms, vectors, quantised=False)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="atlas_clip", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
+        rows = [fingerprint(images.without_images(one))[:12] for one in data]
+        run.data("-".join([*rows, contents[:12]]), counts)
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
@@ -219,7 +227,6 @@ def main(argv: list[str]) -> None:
                 print(
                     "A toy: tiny CLIPs on 8 x 8 digits, trained here and cached. It shows nothing about large models."
                 )
-            run.data("-".join(fingerprint(images.without_images(rows))[:12] for rows in data), counts)
             run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel=toy and training.world_size == 1)
             base = {"name": "tiny_clip", "folder": f"seed_{seeds[0]}/base_model"} if toy else {
                 "name": settings.base.base, "revision": settings.base.base_revision}  # fmt: skip

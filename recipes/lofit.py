@@ -177,13 +177,13 @@ def main(argv: list[str]) -> None:
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
+        counts = {split: len(rows) for split, rows in data[0].items()}
+        run.data("-".join(fingerprint(rows)[:12] for rows in data), counts)
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
             if toy:
                 print("A toy: tiny models, trained here once and cached. It shows nothing about large models.")
-            counts = {split: len(rows) for split, rows in data[0].items()}
-            run.data("-".join(fingerprint(rows)[:12] for rows in data), counts)
             arms = settings.arms.keys(wrong_answers=lofit_data.other_loss(args[0]) is not None)
             steps = len(arms) + 1 + ("marker_prompt" in data[0]["test"].column_names)
             run_seeds(run_seed, argv, seeds, steps, PRELOAD, parallel=toy and training.world_size == 1)

@@ -489,20 +489,6 @@ def test_stochastic_rounding_is_unbiased_and_repeatable():
     assert not torch.equal(several[0], several[1])
 
 
-def test_sizes_tell_what_is_held(tmp_path):
-    model = make("llama", torch.bfloat16)
-    vectors = vectors_for(model)
-    for file in (None, tmp_path / "v.safetensors"):
-        composer = Composer(
-            model, vectors, "layer", placement="stream" if file else "resident", stream_file=file, include=["mlp"]
-        )
-        assert composer.streams == (file is not None)
-        assert composer.sizes() == [(32 * 48, 2, 2)] * 9
-        composer.remove()
-    wide = [{name: tensor.double() for name, tensor in vectors[0].items()}, vectors[1]]
-    assert Composer(model, wide, include=["mlp"]).sizes() == [(32 * 48, 2, 8)] * 9
-
-
 def test_default_types_follow_the_weights():
     for weight, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         model = make("llama", weight)
@@ -586,11 +572,12 @@ def test_tied_tensors_by_any_name():
 
 
 def test_the_base_is_fingerprinted_once(monkeypatch):
-    import steerbook.trainers.atlas.sources as sources
+    from steerbook.trainers.atlas import composer, matching, sources
 
     model = make("llama")
     calls = []
     real = model_fingerprint(model)
-    monkeypatch.setattr(sources, "model_fingerprint", lambda model: calls.append(model) or real)
+    for module in (composer, matching, sources):
+        monkeypatch.setattr(module, "model_fingerprint", lambda model: calls.append(model) or real)
     Composer(model, [TaskVector(v, base=real) for v in vectors_for(model)])
     assert len(calls) == 1

@@ -262,12 +262,156 @@ def test_adapters_on_a_quantised_base(recipe, flags, error, world, tmp_path, bit
     assert found["status"] == "finished" and found["metrics"]["after"]["accuracy"]
 
 
+@pytest.fixture
+def adapters(world, tmp_path) -> list[str]:
+    """Three LoRA vectors, the second with fewer targets, as `name=PATH`."""
+    found = []
+    for number, skill in enumerate(SKILLS):
+        torch.manual_seed(number)
+        base = AutoModelForCausalLM.from_pretrained(world / "base")
+        targets = ["q_proj", "v_proj"] if number == 1 else "all-linear"
+        get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=targets)).save_pretrained(
+            tmp_path / "adapters" / skill
+        )
+        found.append(f"{skill}={tmp_path}/adapters/{skill}")
+    return found
+
+
+def given(flags: list[str], vectors: list[str], *more: str) -> list[str]:
+    """The flags with these vectors instead."""
+    start = flags.index("--task_vectors") + 1
+    return [*flags[:start], *vectors, *flags[start + len(SKILLS) :], *more]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_adapters_with_different_targets(recipe, flags, adapters, world, tmp_path, order):
+    """TIES and DARE over all matrices that any of them changes, in whichever order they come."""
+    vectors = [adapters[number] for number in order]
+    recipe.main(given(flags, vectors, "--arms", "ties", "dare", "atlas", "--low_rank_mode", "per_factor"))
+    found = results(tmp_path)
+    assert found["status"] == "finished" and {"TIES", "DARE"} <= set(found["metrics"]["baselines"])
+    record = json.loads((tmp_path / "run" / "seed_42" / "addition_atlas" / "measured.json").read_text())
+    saved = load_coefficients(tmp_path / "run" / "seed_42" / "addition_atlas" / "coefficients.json")
+    assert saved.kind == "per_factor" and len(saved.blocks) == 14
+    products = saved.tensor[..., 0] * saved.tensor[..., 1]
+    torch.testing.assert_close(torch.tensor(record["coefficients"], dtype=torch.float64), products, atol=1e-6, rtol=0)
+    # A dense vector beside them is merged too.
+    again = given(flags, [f"chat={world}/vectors/chat", *adapters[1:]], "--arms", "ties")
+    recipe.main([*again, "--output_dir", str(tmp_path / "mixed")])
+    assert json.loads((tmp_path / "mixed" / "results.json").read_text())["status"] == "finished"
+
+
+def test_partitions_streaming_and_every_arm_as_placed(recipe, flags, tmp_path, monkeypatch):
+    import steerbook.trainers.atlas.arguments as arguments
+
+    placed = []
+    real = arguments.Composer
+    monkeypatch.setattr(
+        arguments, "Composer", lambda *a, **k: placed.append((k["placement"], k["stream_file"])) or real(*a, **k)
+    )
+    recipe.main([*flags, "--placement", "stream", "--partitions", "3", "--arms", "tuned", "sum", "alpha", "isotropic",
+                 "atlas", "ties", "--sections", "addition", "negation", "--forget", "chat",
+                 "--negation_steps", "1"])  # fmt: skip
+    assert results(tmp_path)["status"] == "finished"
+    assert {place for place, _ in placed} == {"stream"} and len(placed) >= 8
+    assert {file for _, file in placed} == {None, tmp_path / "run" / "seed_42" / "vectors_by_block.safetensors"}
+    saved = load_coefficients(tmp_path / "run" / "seed_42" / "addition_atlas" / "coefficients.json")
+    record = json.loads((tmp_path / "run" / "seed_42" / "addition_atlas" / "measured.json").read_text())
+    assert saved.partitions == 3 and saved.tensor.shape[2] == 3
+    mean = saved.tensor.mean(2)
+    torch.testing.assert_close(torch.tensor(record["coefficients"], dtype=torch.float64), mean, atol=1e-6, rtol=0)
+
+
+def test_a_single_task_and_vectors_of_no_task(recipe, flags, error, world, tmp_path):
+    single = ["--base", str(world / "base"), "--task_vectors", f"chat={world}/vectors/chat",
+              "--tasks", f"chat={world}/data/chat.jsonl", *flags[flags.index("--output_dir") :]]  # fmt: skip
+    assert "a task to keep" in error(*single, "--sections", "negation", "--forget", "chat")
+    recipe.main([*single, "--arms", "alpha", "atlas"])
+    assert results(tmp_path)["status"] == "finished"
+    # In another order than the tasks, and with one that belongs to none.
+    names = [f"spare={world}/vectors/maths", f"code={world}/vectors/code", f"chat={world}/vectors/chat"]
+    more = ["--base", str(world / "base"), "--task_vectors", *names,
+            "--tasks", *(f"{s}={world}/data/{s}.jsonl" for s in ("chat", "code")), *single[6:]]  # fmt: skip
+    recipe.main([*more, "--arms", "atlas", "--output_dir", str(tmp_path / "spare")])
+    assert json.loads((tmp_path / "spare" / "results.json").read_text())["status"] == "finished"
+    record = json.loads((tmp_path / "spare" / "seed_42" / "addition_atlas" / "measured.json").read_text())
+    assert record["vectors"] == ["spare", "code", "chat"] and record["disentanglement_tasks"] == ["chat", "code"]
+
+
+def test_the_same_flags_with_other_vectors_do_not_show_old_results(recipe, flags, error, world, tmp_path):
+    folder = tmp_path / "mine"
+    tuned_copy(world / "base", folder, 11)
+    own = replaced(flags, f"chat={world}/vectors/chat", f"chat={folder}")
+    recipe.main([*own, "--arms", "atlas"])
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    tuned_copy(world / "base", folder, 12)
+    assert "holds results for other data" in error(*own, "--arms", "atlas")
+
+
+def test_a_run_is_exported_by_a_command(recipe, flags, adapters, world, tmp_path, capsys):
+    from steerbook.trainers.atlas import export
+
+    recipe.main([*flags, "--arms", "atlas", "--blocks", "layer", "--partitions", "2", "--exclude", "norm"])
+    coefficients = tmp_path / "run" / "seed_42" / "addition_atlas" / "coefficients.json"
+    vectors = ["--base", str(world / "base"), "--task_vectors", *(f"{world}/vectors/{s}" for s in SKILLS)]
+    export.main([str(coefficients), str(tmp_path / "plain"), *vectors])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    measured = json.loads((coefficients.parent / "measured.json").read_text())["splits"]["test"]
+    tasks = [f"{skill}={world}/data/{skill}.jsonl" for skill in SKILLS]
+    rows = build(AtlasDataArguments(tasks=tasks))["test"].to_list()
+    again = evaluate(model, AutoTokenizer.from_pretrained(tmp_path / "plain"), rows)["samples"]
+    for one, other in zip(again, measured, strict=True):
+        assert one["nats"] == pytest.approx(other["nats"], abs=1e-4)
+    for more, message in (
+        ([*vectors, "--as", "adapter"], "is for coefficients of LoRA vectors"),
+        ([*vectors, "--as", "mergekit"], "these blocks have 2 parts"),
+        ([*vectors[:3], *vectors[:2:-1]], "other task vectors than .*or in another order"),
+        (vectors[:-1], "they are for 3 task vectors"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            export.main([str(coefficients), str(tmp_path / "none"), *more])
+        assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit, match="exists"):
+        export.main([str(coefficients), str(tmp_path / "plain"), *vectors])
+
+    recipe.main(given(flags, adapters, "--arms", "atlas", "--output_dir", str(tmp_path / "lora")))
+    coefficients = tmp_path / "lora" / "seed_42" / "addition_atlas" / "coefficients.json"
+    sources = ["--base", str(world / "base"), "--task_vectors", *adapters]
+    for form, name in (("adapter", "adapter"), ("mergekit", "recipe.yaml"), ("model", "merged")):
+        export.main([str(coefficients), str(tmp_path / name), *sources, "--as", form])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert len(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["models"]) == 3
+
+
 def test_dry_run_shows_bytes_and_leaves_nothing(recipe, flags, tmp_path, capsys):
     recipe.main([*flags, "--dry_run", "true"])
     output = capsys.readouterr().out
-    for text in ("[", "Coefficients: ", "resident: task vectors", "moved a step"):
+    model = AutoModelForCausalLM.from_pretrained(flags[1])
+    composed = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    for text in ("[", "Coefficients: ", f"{3 * 4 * composed:,} bytes", f"{2 * 3 * 4 * composed:,} bytes"):
         assert text in output
+    assert "trained parameters                                       0" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_streamed_vectors_writes_none(recipe, flags, capsys, monkeypatch):
+    import steerbook.trainers.atlas.sources as sources
+
+    monkeypatch.setattr(sources, "write_stream", lambda *_: pytest.fail("a dry run wrote the vectors down"))
+    recipe.main([*flags, "--dry_run", "true", "--placement", "stream"])
+    assert "resident: task vectors                                   0 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_dry_run_of_adapters_counts_factors(recipe, flags, adapters, capsys, quantised):
+    more = ["--load_in_4bit", "true"] if quantised else []
+    recipe.main(given(flags, adapters, "--dry_run", "true", "--arms", "alpha", "atlas", *more))
+    output = capsys.readouterr().out
+    sizes = {"q_proj": 64, "k_proj": 48, "v_proj": 48, "o_proj": 64, "gate_proj": 80, "up_proj": 80, "down_proj": 80}
+    numbers = 2 * 2 * (2 * sum(sizes.values()) + sizes["q_proj"] + sizes["v_proj"])  # rank 2, two layers
+    assert "Coefficients: 42 (3 task vectors, 14 blocks)" in output and f"{4 * numbers:,} bytes" in output
 
 
 # ---- bad input ----
@@ -298,6 +442,10 @@ def error(recipe, capsys) -> Callable[..., str]:
         (["--shots", "0"], ["--shots", "0"]),
         (["--nonsense", "1"], ["--nonsense"]),
         (["--base", "somewhere"], ["--base", "--task_vectors"]),
+        (["--base", "somewhere", "--task_vectors", "a=b"], ["--tasks"]),
+        (["--forget_tasks", "max"], ["--forget_tasks", "--forget TASK"]),
+        (["--entropy_below", "0.4"], ["--entropy_below", "adamerging"]),
+        (["--optim", "adafactor"], ["--optim", "--optimizer"]),
         (["--task_vectors", "a=b"], ["--base", "--task_vectors"]),
         (["--use_peft", "true"], ["--use_peft"]),
     ],
@@ -323,6 +471,7 @@ def test_a_vector_that_is_not_there(error, flags, world):
         (["--sections", "negation", "--forget", "chess"], ["--forget chess", "chat, code, maths"]),
         (["--sections", "fewshot"], ["--new_tasks"]),
         (["--sections", "budget", "--budgets", "2"], ["--new_tasks"]),
+        (["--sections", "data", "--data_sizes", "2", "256"], ["--data_sizes 256", "rows to fit on"]),
     ],
 )
 def test_a_section_that_the_tasks_do_not_allow(error, flags, tmp_path, more, parts):
@@ -386,3 +535,58 @@ def test_saved_vectors_are_taken_too(recipe, flags, world, tmp_path):
     record = json.loads((tmp_path / "run" / "seed_42" / "addition_atlas" / "measured.json").read_text())
     assert record["vectors"] == list(SKILLS)
     assert isinstance(TaskVector.load(file), TaskVector)
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--blocks", "layer"], ["--blocks layer has no effect"]),
+        (["--partitions", "2"], ["--partitions 2 has no effect"]),
+        (["--placement", "stream"], ["--placement stream has no effect"]),
+        (["--exclude", "mlp"], ["--exclude", "has no effect"]),
+        (["--load_in_4bit", "true"], ["a quantised base does not allow", "isotropic", "--arms tuned alpha atlas"]),
+    ],
+)
+def test_what_adapters_do_not_allow(error, flags, adapters, more, parts):
+    text = error(*given(flags, adapters, *more))
+    assert all(part in text for part in parts)
+
+
+def test_dense_vectors_on_a_quantised_base(error, flags):
+    text = error(*flags, "--load_in_4bit", "true", "--arms", "atlas")
+    assert "a quantised base has no weights to compose dense vectors into (chat, code, maths)" in text
+
+
+def test_fsdp_is_refused(error, flags, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "DeepSpeed and FSDP" in error(*flags)
+
+
+@pytest.mark.parametrize("kind", ["nan", "zero"])
+def test_a_bad_vector_is_found_before_any_training(recipe, error, flags, world, tmp_path, kind):
+    """Whatever the section; and the folder is free for the right one."""
+    base = load_file(world / "base" / "model.safetensors")
+
+    def change(moved):
+        if kind == "zero":
+            return base
+        moved["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+        return moved
+
+    tuned_copy(world / "base", tmp_path / "bad", 5, change)
+    new = write_task(tmp_path / "poems.jsonl", "poems")
+    bad = replaced(flags, f"maths={world}/vectors/maths", f"maths={tmp_path}/bad")
+    more = ["--sections", "fewshot", "--new_tasks", f"poems={new}", "--shots", "2", "--shot_steps", "1"]
+    text = error(*bad, *more)
+    assert {"nan": "holds 1 NaN or infinite values", "zero": "is zero"}[kind] in text
+    assert not (tmp_path / "run").exists()
+    recipe.main([*flags, *more])
+
+
+def test_an_adapter_of_another_base(error, flags, adapters, world, tmp_path):
+    other = save_model(tmp_path / "otherbase", seed=9)
+    settings = tmp_path / "adapters" / "chat" / "adapter_config.json"
+    content = json.loads(settings.read_text()) | {"base_model_name_or_path": str(other)}
+    settings.write_text(json.dumps(content))
+    text = error(*given(flags, adapters))
+    assert "was made for" in text and "otherbase" in text and "not those of" in text

@@ -72,7 +72,7 @@ def addition(alpha=0.7, isotropic=0.75, atlas=0.95, base=0.3, of=20, shift=0.0):
                log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5}, {"train_runtime": 2.0, "num_tokens": 80.0,
                                                                             "step": 2}],
                coefficients=[[0.1 * j for j in range(len(BLOCKS))], [0.3] * len(BLOCKS)], block_names=BLOCKS,
-               vectors=list(TASKS), disentanglement=[[0.0, 0.1], [0.3, 0.0]]),
+               vectors=list(TASKS), disentanglement=[[0.0, 0.1], [0.3, 0.0]], disentanglement_tasks=list(TASKS)),
         *[record("addition", "tuned", rows(**{task: [1] * of}), task=task, trained=500) for task in TASKS],
     ]  # fmt: skip
     return found
@@ -258,7 +258,8 @@ def negation(target, control, dev_control=0.97):
         for task in ("a", "b"):
             marks = {other: share(left if other == task else kept, 100) for other in test}
             made.append(record("negation", name, rows(**marks), task=task, alpha=0.5,
-                               dev={"target": left, "control": dev_control, "base_control": 1.0}))  # fmt: skip
+                               dev={"target": left, "control": dev_control, "base_control": 1.0,
+                                    "control_share": 0.95}))  # fmt: skip
     return made
 
 
@@ -320,7 +321,7 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys, seeds):
     assert "Joint fine-tuning is ahead of aTLAS from: 32 rows a task" in output
     assert found["metrics"]["fewshot"]["fewshot: aTLAS, 16 shots"]["accuracy"]["value"] == pytest.approx(0.85)
     assert found["metrics"]["negation"]["negation: aTLAS"]["target"]["value"] == pytest.approx(0.1)
-    assert found["cost"]["peak_memory_bytes"] == 1000 and found["trainable_parameters"]["aTLAS"] == 14
+    assert found["cost"]["peak_memory_bytes"]["aTLAS"] == 1000 and found["trainable_parameters"]["aTLAS"] == 14
     assert (len(found["claims"]) == 10) == (seeds == 3) and ("not supported" in output) == (seeds == 3)
     assert ("Claims are judged from three seeds on" in output) == (seeds == 1) == bool(found["metrics"]["paired"])
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]

@@ -157,7 +157,7 @@ def test_unit_gradient_is_a_scaled_clipped_one_that_is_unscaled_too_late():
     paths = []
     for released in (True, False):
         parameter = torch.nn.Parameter(torch.zeros(3, 5))
-        eps = 1e-8 if released else AtlasConfig("x", gradient="unit", use_cpu=True).adam_epsilon
+        eps = 1e-8 if released else AtlasConfig("x", optimizer="paper", use_cpu=True).adam_epsilon
         optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, eps=eps)
         for gradient in gradients:
             parameter.grad = gradient.clone()
@@ -178,7 +178,7 @@ def test_unit_gradient_and_penalty_reach_the_optimiser(tmp_path):
     values = 0.3 * torch.randn(plain.coefficients.shape)
     for composer, watch, changes in (
         (plain, watched[0], {"max_grad_norm": 0.0}),
-        (unit, watched[1], {"gradient": "unit", "norm_penalty": 2}),
+        (unit, watched[1], {"optimizer": "paper", "norm_penalty": 2}),
     ):
         learner = trainer(tmp_path / str(len(changes)), composer, callbacks=[watch], max_steps=1, **changes)
         with torch.no_grad():
@@ -266,7 +266,7 @@ def test_one_pass_trains_as_two_do_and_resumes(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"max_grad_norm": 0.0, "norm_penalty": 1}, {"max_grad_norm": 0.0, "gradient": "unit"},
+    [{}, {"max_grad_norm": 0.0, "norm_penalty": 1}, {"max_grad_norm": 0.0, "optimizer": "paper"},
      {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}],
 )  # fmt: skip
 def test_one_pass_refuses_what_needs_the_whole_gradient(tmp_path, changes):

@@ -64,9 +64,12 @@ def test_a_finished_run_is_never_changed(tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with RunFolder(tmp_path / "run", recipe="lofit", arguments={"seed": 1}) as run:
         assert run.finished and run.results["metrics"]["after"]["mc1"] == METRIC
-        for change in (lambda: run.update(metrics={}), lambda: run.samples([]), lambda: run.data("x", {})):
+        for change in (lambda: run.update(metrics={}), lambda: run.samples([])):
             with pytest.raises(RuntimeError, match="holds a finished run, which is never changed"):
                 change()
+        run.data("abc", {"train": 3})  # what it was made of
+        with pytest.raises(FileExistsError, match="holds results for other data"):
+            run.data("x", {"train": 3})
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 

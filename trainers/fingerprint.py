@@ -31,12 +31,24 @@ def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
             # wrapped: base_model.model.model.layers.0...o_proj.base_layer.weight; bare: model.layers.0...o_proj.weight
             names[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = name
     for name in sorted(names):
-        tensor = tensors[names[name]].detach()
-        flat = tensor.reshape(-1)
-        count = min(SAMPLES, flat.numel())
-        # In integers: fp32 `linspace` rounds the last index of an 8B model's embedding out of range.
-        picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
-        values = picked.to("cpu", torch.bfloat16 if picked.is_floating_point() else torch.int64)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sampled(name, tensors[names[name]]))
     return digest.hexdigest()[:16]
+
+
+def once(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a `state_dict()`, of tied ones the first."""
+    seen: dict[tuple, tuple[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device), (name, tensor))
+    return dict(seen.values())
+
+
+def sampled(name: str, tensor: torch.Tensor) -> bytes:
+    """Name, shape and sampled values of one tensor."""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLES, flat.numel())
+    # In integers: fp32 `linspace` rounds the last index of an 8B model's embedding out of range.
+    picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
+    values = picked.to("cpu", torch.bfloat16 if picked.is_floating_point() else torch.int64)
+    return f"{name} {tuple(tensor.shape)}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()

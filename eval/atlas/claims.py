@@ -8,8 +8,6 @@ from typing import Any
 from ..results import claim
 from .summary import ALPHA, ATLAS, ISOTROPIC, NAMES, Results
 
-CONTROL_RULE = 0.95  # negation: the share of the base's control accuracy that must be left
-
 
 def crossover(results: Results) -> dict[str, Any] | None:
     """From how many rows a task on joint fine-tuning's mean exceeds that of aTLAS.
@@ -31,8 +29,13 @@ def crossover(results: Results) -> dict[str, Any] | None:
 def rule_kept(results: Results) -> tuple[int, int]:
     """Of how many negations by aTLAS the control accuracy on dev rows is left by the rule, and of how many in all."""
     records = [r for seed in results.seeds for r in results.draws(seed, ("negation", "atlas", None))]
-    kept = [r["dev"]["control"] >= CONTROL_RULE * r["dev"]["base_control"] - 1e-9 for r in records]
+    kept = [r["dev"]["control"] >= r["dev"]["control_share"] * r["dev"]["base_control"] - 1e-9 for r in records]
     return sum(kept), len(kept)
+
+
+def control_share(results: Results) -> float:
+    """The share of the base's control accuracy that a negation had to leave."""
+    return float(results.draws(results.seeds[0], ("negation", "atlas", None))[0]["dev"]["control_share"])
 
 
 def claims(results: Results, toy: bool) -> list[dict[str, Any]]:
@@ -75,13 +78,13 @@ def claims(results: Results, toy: bool) -> list[dict[str, Any]]:
     if results.has(atlas, "test") and results.has(alpha, "test"):
         kept, count = rule_kept(results)
         text = "negation: aTLAS's target below the alpha search's, with control within the rule"
-        more = f"; control on dev rows at least {100 * CONTROL_RULE:.0f} % of the base's in {kept} of {count}"
+        share = control_share(results)
+        more = f"; control on dev rows at least {100 * share:.0f} % of the base's in {kept} of {count}"
         found = results.combination({alpha: 1, atlas: -1}, "test", "target")
         made.append(claim(text, found, 0.0 if kept == count else math.inf, more=more))
     if results.has(atlas, "test") and results.has(base, "test"):
-        found = results.combination({atlas: 1, base: -CONTROL_RULE}, "test", "control")
-        text = (
-            f"negation: aTLAS keeps over {100 * CONTROL_RULE:.0f} % of the base's control on test rows (the surplus)"
-        )
+        share = control_share(results)
+        found = results.combination({atlas: 1, base: -share}, "test", "control")
+        text = f"negation: aTLAS keeps over {100 * share:.0f} % of the base's control on test rows (the surplus)"
         made.append(claim(text, found, 0.0))
     return made

@@ -68,7 +68,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "tokens_per_second": {
                 name: round(row["tokens_per_second"]) for name, row in flat.items() if row["tokens_per_second"]
             },
-            "peak_memory_bytes": max(r["peak_memory_bytes"] for arms in records.values() for r in arms.values()),
+            "peak_memory_bytes": {name: row["peak_memory_bytes"] for name, row in flat.items()},
         },
         base_model=base_model,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def show(run: RunFolder) -> None:
         if not rows:
             continue
         lines = screen_rows(rows, shown)
-        titles = ["method", "parameters", "seconds", shown[0].title, "each seed"]
+        titles = ["method", "parameters", "seconds", "MB", shown[0].title, "each seed"]
         for column in shown[1:]:
             titles += [column.title]
             if column.title == "control":  # as much the point of a negation as its target
@@ -197,6 +197,6 @@ def _draw_learned(run: RunFolder, results: Results) -> None:
         if record.get("disentanglement"):
             matrices.append(np.array(record["disentanglement"]))
     if matrices:
-        tasks = results.draws(results.seeds[0], ATLAS)[0]["vectors"]
+        tasks = results.draws(results.seeds[0], ATLAS)[0]["disentanglement_tasks"]
         title = "aTLAS, mean over seeds" if len(matrices) > 1 else "aTLAS"
         disentanglement_map(np.mean(matrices, axis=0), tasks, run.figure("disentanglement"), title=title)

@@ -9,9 +9,10 @@ A record (`seed_*/<arm_key>/measured.json`) holds
 - `log`: of training; of the alpha search of the addition `{"alpha", "accuracy"}` for every alpha, on dev rows;
 - `alpha`: what the search chose;
 - `dev`: `accuracy` of `isotropic` and `atlas` in the addition; of a negation `control` and `base_control`, the mean
-  accuracy on the other tasks and that of the base;
-- `coefficients` `[vectors, blocks]`, with `block_names` and `vectors` (the rows' tasks), or None; `disentanglement`
-  (need not be there), the matrix of `scores.disentanglement` in the same order.
+  accuracy on the other tasks and that of the base, and `control_share`, what share of that it had to leave;
+- `coefficients` `[vectors, blocks]` (over partitions the mean, of two factors the product), with `block_names` and
+  `vectors` (the rows' names), or None; `disentanglement` (need not be there), the matrix of `scores.disentanglement`,
+  and `disentanglement_tasks`, its rows.
 
 Records that differ in the task alone are one arm: its scores are means over their tasks.
 """

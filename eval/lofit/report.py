@@ -50,7 +50,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "tokens_per_second": {
                 row["method"]: round(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]
             },
-            "peak_memory_bytes": max(r["peak_memory_bytes"] for arms in records.values() for r in arms.values()),
+            "peak_memory_bytes": {row["method"]: row["peak_memory_bytes"] for row in rows},
         },
         base_model=base_model,
         **({"adapter": f"seed_{results.seeds[0]}/lofit_k{ks[0]}"} if ("lofit", ks[0]) in results.arms else {}),
@@ -82,7 +82,15 @@ def show(run: RunFolder) -> None:
     results = Results(read_records(run.path, sorted(int(folder.name[5:]) for folder in run.path.glob("seed_*"))))
     shown = columns(results.records[results.seeds[0]]["base"]["splits"])
     lines = screen_rows(table(results, shown), shown)
-    titles = ["method", "parameters", "seconds", shown[0].title, "each seed", *(column.title for column in shown[1:])]
+    titles = [
+        "method",
+        "parameters",
+        "seconds",
+        "MB",
+        shown[0].title,
+        "each seed",
+        *(column.title for column in shown[1:]),
+    ]
     note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
     results_table(lines, titles, f"Held-out questions, per cent, with 95 % intervals{note}")
     console = wide_console()

@@ -44,7 +44,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "tokens_per_second": {
                 row["method"]: round(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]
             },
-            "peak_memory_bytes": max(r["peak_memory_bytes"] for arms in records.values() for r in arms.values()),
+            "peak_memory_bytes": {row["method"]: row["peak_memory_bytes"] for row in rows},
         },
         base_model=base_model,
     )
@@ -76,7 +76,7 @@ def show(run: RunFolder) -> None:
             )
         line[every] = line.pop("each seed", "")
     ordered = sorted((column.title for column in shown), key=int)
-    titles = ["method", "seconds", *ordered, *([every] if len(results.seeds) > 1 else []), *extra]
+    titles = ["method", "seconds", "MB", *ordered, *([every] if len(results.seeds) > 1 else []), *extra]
     note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
     results_table(
         lines, titles, f"Held-out questions of N items right throughout, per cent, with 95 % intervals{note}"

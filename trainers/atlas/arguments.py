@@ -100,13 +100,14 @@ class ArmArguments:
         return {"max_steps": self.shot_steps} | {name: value for name, value in given.items() if value is not None}
 
     def composer(
-        self, model: nn.Module, vectors: Sequence[TaskVector], seed: int, stream_file: Path | None = None
-    ) -> Composer:
-        """The composer that the flags describe."""
+        self, model: nn.Module, vectors: Sequence[TaskVector], seed: int, stream_file: Path | None = None,
+        isotropic: bool = False,
+    ) -> Composer:  # fmt: skip
+        """The composer that the flags describe, or one that differs from it in having one coefficient a vector."""
         return Composer(
-            model, vectors, self.blocks, self.exclude, placement=self.placement, include=self.include or (),
-            stream_file=stream_file if self.placement == "stream" else None, rounding=self.rounding,
-            partitions=self.partitions, seed=seed,
+            model, vectors, "isotropic" if isotropic else self.blocks, self.exclude, placement=self.placement,
+            include=self.include or (), stream_file=stream_file if self.placement == "stream" else None,
+            rounding=self.rounding, partitions=1 if isotropic else self.partitions, seed=seed,
         )  # fmt: skip
 
 

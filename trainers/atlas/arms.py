@@ -127,8 +127,10 @@ def negation(bench: Bench) -> Iterator[Arm]:
         before = bench.score(bench.base, dev["control"])[0]
         floor = a.control_share * before
 
-        def look(model: Any, dev: dict[str, Dataset] = dev, before: float = before) -> dict[str, float]:
-            return {name: bench.score(model, rows)[0] for name, rows in dev.items()} | {"base_control": before}
+        rule = {"base_control": before, "control_share": a.control_share}
+
+        def look(model: Any, dev: dict[str, Dataset] = dev, rule: dict[str, float] = rule) -> dict[str, float]:
+            return {name: bench.score(model, rows)[0] for name, rows in dev.items()} | rule
 
         def choose(curve: list[dict[str, float]], floor: float = floor) -> dict[str, float]:
             return min((point for point in curve if point["control"] >= floor), key=lambda point: point["target"])

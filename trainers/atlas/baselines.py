@@ -11,6 +11,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from scipy.optimize import minimize
 from torch import Tensor
 
+from .matching import listed
 from .task_vector import LazyTensors, TaskVector
 
 
@@ -55,11 +56,19 @@ def search_weights(loss: Callable[[list[float]], float], count: int, budget: int
 
 
 class _Merged(LazyTensors):
+    """Every tensor that a vector changes; one that is all factors (LoRA) is zero where it has none."""
+
     def __init__(self, vectors: Sequence[TaskVector], merge: Callable[[str, list[Tensor]], Tensor]) -> None:
-        self.vectors, self.merge, self.shapes = vectors, merge, vectors[0].shapes
+        self.vectors, self.merge = vectors, merge
+        self.shapes = {name: shape for vector in vectors for name, shape in vector.shapes.items()}
+        for number, vector in enumerate(vectors, 1):
+            missing = [name for name in self.shapes if name not in vector]
+            if missing and len(vector.low_rank) < len(vector):
+                raise ValueError(f"task vector {number} ({vector.source}) has no {listed(missing)}, another one has")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.merge(name, [vector.dense(name) for vector in self.vectors])
+        shape = self.shapes[name]
+        return self.merge(name, [v.dense(name) if name in v else torch.zeros(shape) for v in self.vectors])
 
 
 def _merged(vectors: Sequence[TaskVector], merge: Callable[[str, list[Tensor]], Tensor], source: str) -> TaskVector:

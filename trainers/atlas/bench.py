@@ -79,7 +79,7 @@ class Arm:
         record = {name: getattr(self, name) for name in names} | facts
         (folder / self.key).mkdir(parents=True, exist_ok=True)
         if self.composer is not None:
-            record["coefficients"] = self.composer.coefficients.detach().tolist()
+            record["coefficients"] = flat(self.composer).tolist()
             record["block_names"] = self.composer.block_names
             save_coefficients(folder / self.key / "coefficients.json", self.composer, sources=self.vectors)
         write_json(folder / self.key / "measured.json", record)
@@ -118,6 +118,10 @@ class Bench:
     done: Collection[str] = ()
     fit_coefficients: Callable[..., Fit] = fit_coefficients
     fine_tune: Callable[..., tuple[Any, Fit]] = fine_tune
+    _all: list[int] = field(default_factory=list)  # of the first bench; those made of it may have fewer vectors
+
+    def __post_init__(self) -> None:
+        self._all = self._all or [id(vector) for vector in self.vectors.values()]
 
     @property
     def new(self) -> list[str]:
@@ -132,15 +136,19 @@ class Bench:
         vectors = list(self.vectors.values())
         if self.lora_vectors is self.vectors:  # all given vectors are LoRA ones
             return LowRankComposer(self.base, vectors, self.arguments.low_rank_mode)
-        return self.arguments.composer(
-            self.base, vectors, self.args.seed, self.out_dir / "vectors_by_block.safetensors"
-        )
+        return self.arguments.composer(self.base, vectors, self.args.seed, self._stream_file(vectors))
 
     def isotropic(self, vectors: Sequence[TaskVector] | None = None) -> Composer:
         """One coefficient a vector."""
         given = list(self.vectors.values()) if vectors is None else vectors
-        a = self.arguments
-        return Composer(self.base, given, "isotropic", a.exclude, include=a.include or (), rounding=a.rounding)
+        same = self.arguments.blocks != "matrices"  # one coefficient a vector: for the other tensors as well
+        file = self._stream_file(given) if same else None
+        return self.arguments.composer(self.base, given, self.args.seed, file, isotropic=True)
+
+    def _stream_file(self, vectors: Sequence[TaskVector]) -> Path | None:
+        """All vectors' lies in the run; that of some of them is temporary."""
+        whole = [id(vector) for vector in vectors] == self._all
+        return self.out_dir / "vectors_by_block.safetensors" if whole else None
 
     def fixed(self, vectors: Sequence[TaskVector]) -> Composer | LowRankComposer:
         """For one given coefficient (`set_all`); LoRA vectors stay factors, so that the base may be quantised."""
@@ -216,6 +224,14 @@ class Bench:
             section, name, composer.model, time.perf_counter() - start, 1, task, None, best["alpha"], best, curve
         )
         composer.remove()
+
+
+def flat(composer: Composer | LowRankComposer) -> torch.Tensor:
+    """[n, m]: the coefficients; the mean over partitions, the product of two factors' ones."""
+    if isinstance(composer, LowRankComposer):
+        return composer.weights.detach()
+    values = composer.coefficients.detach()
+    return values.mean(2) if composer.partitions > 1 else values
 
 
 def set_all(composer: Composer | LowRankComposer, value: float) -> None:

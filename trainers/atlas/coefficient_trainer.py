@@ -32,11 +32,11 @@ class CoefficientArguments:
     weight_decay: float = field(default=0.1, metadata={"help": "The paper's 0.1: pulls coefficients to the base."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The paper's: cosine to 0, no warm-up."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "The paper's 10."})
-    gradient: Literal["clip", "unit"] = field(
-        default="clip",
+    optimizer: Literal["adamw", "paper"] = field(
+        default="adamw",
         metadata={
-            "help": "clip: to --max_grad_norm. unit: the paper's released code in effect, the gradient's direction "
-            "alone (with --adam_epsilon 6.55e-4 unless another is given)."
+            "help": "adamw: AdamW on gradients clipped to --max_grad_norm. paper: what the released code does in "
+            "effect, AdamW on the gradient's direction alone (with --adam_epsilon 6.55e-4 unless another is given)."
         },
     )
     one_pass: bool = field(
@@ -52,19 +52,21 @@ class CoefficientArguments:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.gradient == "unit" and self.adam_epsilon == 1e-8:  # type: ignore[has-type]
+        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):  # type: ignore[attr-defined]
+            raise ValueError(f"--optim {self.optim} has no effect on coefficients: see --optimizer")  # type: ignore[attr-defined]
+        if self.optimizer == "paper" and self.adam_epsilon == 1e-8:  # type: ignore[has-type]
             self.adam_epsilon = UNIT_EPSILON
         whole = {
             "max_grad_norm": self.max_grad_norm or 0,  # type: ignore[attr-defined]
             "norm_penalty": self.norm_penalty,
             "gradient_accumulation_steps": self.gradient_accumulation_steps - 1,  # type: ignore[attr-defined]
-            "gradient": self.gradient == "unit",
+            "optimizer": self.optimizer == "paper",
         }
         for name, used in whole.items():
             if self.one_pass and used:
                 raise ValueError(
                     f"one_pass moves a block before the others have a gradient, which {name}={getattr(self, name)} "
-                    "needs: --max_grad_norm 0 --norm_penalty 0 --gradient clip --gradient_accumulation_steps 1"
+                    "needs: --max_grad_norm 0 --norm_penalty 0 --optimizer adamw --gradient_accumulation_steps 1"
                 )
 
 
@@ -155,7 +157,7 @@ class CoefficientTrainer(Trainer):
                 f"the gradient became {norm} at step {self.state.global_step + 1} (learning rate "
                 f"{self.args.learning_rate:g}). Lower --learning_rate or bound the forgetting (--forget_cap)."
             )
-        if self.args.gradient == "unit":
+        if self.args.optimizer == "paper":
             coefficients.grad /= norm or 1.0
         elif self.args.max_grad_norm and norm > self.args.max_grad_norm:
             coefficients.grad *= self.args.max_grad_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
@@ -168,6 +170,7 @@ class CoefficientTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             counted = {"compositions": str(getattr(self.composer, "compositions", 0))}
+            counted["vectors"] = ",".join(self.composer.vector_ids)
             save_file({"coefficients": self.composer.coefficients.detach().cpu()}, folder / WEIGHTS, counted)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -178,6 +181,8 @@ class CoefficientTrainer(Trainer):
                 f"{resume_from_checkpoint} holds coefficients {list(saved.shape)}, not "
                 f"{list(self.composer.coefficients.shape)}: other vectors or blocks"
             )
+        if counted.get("vectors") != ",".join(self.composer.vector_ids):
+            raise ValueError(f"{resume_from_checkpoint} holds coefficients of other task vectors, or in another order")
         with torch.no_grad():
             self.composer.coefficients.copy_(saved)
         if isinstance(self.composer, Composer):  # stochastic rounding draws by this number; compose() adds one to it

@@ -4,19 +4,20 @@ meant for there."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files import write_json
-from ..fingerprint import tensors_fingerprint
 from .blocks import BLOCKS, split_blocks
 from .composer import Composer
 from .low_rank import LowRankComposer
 from .matching import listed
+from .task_vector import TaskVector
 
 FORMAT = "steerbook coefficients 1"
 
@@ -27,6 +28,7 @@ class SavedCoefficients:
 
     Attributes:
         base: fingerprint of the base model.
+        vectors: of each of the n task vectors what tells it from others (`Composer.vector_ids`).
         sources: where each of the n task vectors came from, for people.
         kind: `blocks` of the `Composer`; of a `LowRankComposer` "tensor", or "per_factor".
         blocks: block name -> its parameters, in the order of the columns.
@@ -35,6 +37,7 @@ class SavedCoefficients:
     """
 
     base: str
+    vectors: list[str]
     sources: list[str]
     kind: str
     blocks: dict[str, list[str]]
@@ -52,7 +55,7 @@ def save_coefficients(path: str | Path, composer: Composer | LowRankComposer, *,
     """Write `coefficients.json`, whole or not at all. Numbers read back to the same bits.
 
     Raises:
-        ValueError: another number of sources than of task vectors, coefficients that are not finite, sharded weights.
+        ValueError: another number of sources than of task vectors, or coefficients that are not finite.
     """
     if len(sources) != len(composer.coefficients):
         raise ValueError(f"{len(sources)} sources {list(sources)} for {len(composer.coefficients)} task vectors")
@@ -101,6 +104,8 @@ def apply_coefficients(composer: Composer | LowRankComposer, saved: SavedCoeffic
             f"they are for {len(saved.sources)} task vectors ({', '.join(saved.sources)}), here are "
             f"{len(composer.coefficients)}"
         )
+    elif others := _other_vectors(here, saved):
+        problems.append(f"they were learned for other task vectors than {', '.join(others)}, or in another order")
     if (here.kind == "per_factor") != (saved.kind == "per_factor"):
         problems.append(f"they are {saved.kind!r}, these {here.kind!r}")
     if list(here.blocks.items()) != list(saved.blocks.items()):
@@ -116,6 +121,12 @@ def apply_coefficients(composer: Composer | LowRankComposer, saved: SavedCoeffic
     composer.compose()
 
 
+def saved_composer(saved: SavedCoefficients, model: nn.Module, vectors: Sequence[TaskVector]) -> Composer:
+    """A composer with the blocks and partitions of these coefficients; `apply_coefficients` sets them."""
+    names = [f"^{re.escape(name)}$" for members in saved.blocks.values() for name in members]
+    return Composer(model, vectors, saved.kind, (), include=names, partitions=saved.partitions, seed=saved.seed)
+
+
 def members(composer: Composer | LowRankComposer) -> dict[str, list[str]]:
     """Block name -> the names of its parameters, in the order of the columns."""
     if isinstance(composer, LowRankComposer):
@@ -124,18 +135,6 @@ def members(composer: Composer | LowRankComposer) -> dict[str, list[str]]:
     for slot in composer._slots:
         found[composer.block_names[slot.block]].append(slot.name)
     return found
-
-
-def base_fingerprint(composer: Composer | LowRankComposer) -> str:
-    """`model_fingerprint` of the model at coefficients zero; ValueError if its weights are sharded."""
-    if isinstance(composer, LowRankComposer):
-        return composer.base
-    if composer.sharded:
-        raise ValueError("the weights are sharded; the base cannot be named")
-    tensors = {name: parameter.detach() for name, parameter in composer.model.named_parameters()}
-    for slot in composer._slots:
-        tensors[slot.name] = slot.base.view(tensors[slot.name].shape)
-    return tensors_fingerprint(tensors)
 
 
 def check_finite(coefficients: Tensor) -> None:
@@ -150,7 +149,7 @@ def _described(composer: Composer | LowRankComposer, sources: list[str], values:
     else:
         kind, partitions = _kind(composer, blocks), composer.partitions
         seed = composer.seed if partitions > 1 else 0
-    return SavedCoefficients(base_fingerprint(composer), sources, kind, blocks, partitions, seed, values)
+    return SavedCoefficients(composer.base, list(composer.vector_ids), sources, kind, blocks, partitions, seed, values)
 
 
 def _kind(composer: Composer, blocks: dict[str, list[str]]) -> str:
@@ -158,6 +157,12 @@ def _kind(composer: Composer, blocks: dict[str, list[str]]) -> str:
     names = [name for group in blocks.values() for name in group]
     kinds = ["matrices", *BLOCKS]
     return next(kind for kind in kinds if split_blocks(composer.model, names, kind, exclude=()) == blocks)
+
+
+def _other_vectors(here: SavedCoefficients, saved: SavedCoefficients) -> list[str]:
+    """The sources of vectors that are others here. Factors cannot be told from what they multiply out to."""
+    pairs = zip(saved.sources, saved.vectors, here.vectors, strict=True)
+    return [source for source, one, other in pairs if one != other and (" " in one) == (" " in other)]
 
 
 def _shape(saved: SavedCoefficients) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..fingerprint import model_fingerprint
 from .blocks import split_blocks
 from .partition import partition_indices
 from .rounding import rounded
@@ -58,6 +59,7 @@ class Composer:
     Attributes:
         coefficients: parameter [n, m], with K > 1 [n, m, K]; zero at the start.
         block_names: the m names.
+        base: fingerprint of the base, `model_fingerprint`.
 
     Raises:
         ValueError: vectors of another base, missing or misshapen tensors, NaN, a zero vector, tied tensors that
@@ -95,7 +97,8 @@ class Composer:
             raise ValueError(f"dtype={dtype}: composition is exact in torch.float32 or torch.float64 only")
         if any(hasattr(parameter, MARK) for parameter in model.parameters()):
             raise ValueError("another composer holds this model; call its remove() (or remove(keep=True)) first")
-        targets, vectors = align(vectors, model)
+        self.base = model_fingerprint(model)
+        targets, vectors = align(vectors, model, self.base)
         members = split_blocks(model, targets, blocks, include, exclude)
         self.model, self.block_names = model, list(members)
         self.rounding, self.partitions, self.seed = rounding, partitions, seed
@@ -182,17 +185,10 @@ class Composer:
             directions[slot.name] = torch.cat(pieces).to(slot.base.dtype).reshape(shape)
         return values, directions
 
-    def sizes(self) -> list[tuple[int, int, int]]:
-        """Of every composed parameter: elements that this process holds, bytes of a weight and of a vector's value."""
-        return [
-            (slot.base.numel(), slot.base.dtype.itemsize, self._source.dtype(slot.name).itemsize)
-            for slot in self._slots
-        ]
-
     @property
-    def streams(self) -> bool:
-        """Whether the vectors are read from a file."""
-        return isinstance(self._source, Stream)
+    def vector_ids(self) -> list[str]:
+        """Of each task vector 16 hex digits, which tell it from others (by sampled values, rounded to bf16)."""
+        return self._source.ids
 
     @property
     def sharded(self) -> bool:

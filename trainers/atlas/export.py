@@ -1,7 +1,15 @@
-"""What becomes of learned coefficients: plain models, LoRA adapters, mergekit recipes."""
+"""What becomes of learned coefficients: plain models, LoRA adapters, mergekit recipes.
+
+    python -m steerbook.trainers.atlas.export COEFFICIENTS.json OUT --base BASE --task_vectors A B [--as model]
+
+COEFFICIENTS.json is what a run leaves in an arm's folder; the vectors are given as to the recipe, in the same order.
+OUT is a folder (--as model, the default; --as adapter for LoRA vectors) or a file (--as mergekit).
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +21,17 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
+from ...console import clear_errors
+from ...files import replacing
+from ..base_model import load_base
 from ..export import check_logits, eval_mode, probe_logits, refuse_existing, whole_folder
-from .coefficients import check_finite, members
+from .coefficients import apply_coefficients, check_finite, load_coefficients, members, saved_composer
 from .composer import Composer
 from .entries import LowRank
 from .low_rank import LowRankComposer, lora_config, module_name
+from .vectors import given_vectors
 
 MERGEKIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -158,6 +171,43 @@ def mergekit_yaml(composer: Composer | LowRankComposer, base: str, sources: Sequ
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
 
 
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m steerbook.trainers.atlas.export", description="Make a model of saved coefficients."
+    )
+    parser.add_argument("coefficients", help="a coefficients.json")
+    parser.add_argument("out", help="folder or file to write; must not exist yet")
+    parser.add_argument("--base", required=True, help="folder or Hub id of the base model")
+    parser.add_argument("--task_vectors", required=True, nargs="+", help="models, adapters or saved vectors, in order")
+    parser.add_argument("--as", dest="form", choices=("model", "adapter", "mergekit"), default="model")
+    options = parser.parse_args(argv)
+    with clear_errors(ValueError, OSError):
+        refuse_existing(options.out)
+        saved = load_coefficients(options.coefficients)
+        config = ModelConfig(model_name_or_path=options.base)
+        model, tokenizer = load_base(config, Path)  # with a name nothing is built
+        vectors, lora = given_vectors(config, options.task_vectors, "auto")
+        composer: Composer | LowRankComposer
+        if lora and saved.kind in ("tensor", "per_factor"):
+            mode: Any = "per_factor" if saved.kind == "per_factor" else "per_product"
+            composer = LowRankComposer(model, list(lora.values()), mode)
+        elif options.form == "adapter":
+            raise ValueError("--as adapter is for coefficients of LoRA vectors, one for each matrix; use --as model")
+        else:
+            composer = saved_composer(saved, model, list(vectors.values()))
+        apply_coefficients(composer, saved)
+        if options.form == "model":
+            export_folded(composer, tokenizer, options.out)
+        elif options.form == "adapter":
+            assert isinstance(composer, LowRankComposer)
+            export_adapter(composer, options.out)
+        else:
+            paths = [source.rpartition("=")[2] for source in options.task_vectors]
+            with replacing(Path(options.out)) as file:
+                file.write(mergekit_yaml(composer, options.base, paths).encode())
+        print(f"{options.out}: {options.form} of {len(vectors)} task vectors on {options.base}")
+
+
 @contextmanager
 def _composed(composer: Composer | LowRankComposer) -> Iterator[PreTrainedModel]:
     """A plain model with the composed weights."""
@@ -211,3 +261,7 @@ def _cut(entry: LowRank, rank: int | None) -> tuple[LowRank, float]:
     norm = float(sizes.norm())
     error = float(sizes[rank:].norm()) / norm if norm else 0.0
     return LowRank((right @ v[:rank].T).T, (left @ u[:, :rank]) * sizes[:rank]), error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

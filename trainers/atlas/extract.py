@@ -8,6 +8,7 @@ writes OUT, one safetensors file. Tensors are read one at a time; no model is lo
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import sys
@@ -24,6 +25,8 @@ from .entries import LazyTensors, LowRank
 from .matching import check_same, listed
 from .model_files import Checkpoint, open_safetensors, read_json, read_tensor
 from .task_vector import TaskVector, difference
+
+logger = logging.getLogger(__name__)
 
 # Settings with which an adapter is more than `scale * b @ a` on some weights, or not on this base.
 NOT_PLAIN = (
@@ -116,6 +119,7 @@ def from_adapter(base: Checkpoint, folder: Path, source: str = "") -> TaskVector
     if odd:
         found = ", ".join(f"{name}={settings.get(name)!r}" for name in odd)
         raise ValueError(f"{source} is not a plain LoRA adapter ({found}); merge it into its base and give that model")
+    _check_named_base(settings.get("base_model_name_or_path"), base, source)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{source} has no adapter_model.safetensors")
@@ -141,6 +145,18 @@ def from_adapter(base: Checkpoint, folder: Path, source: str = "") -> TaskVector
         raise ValueError(f"{source} holds {listed(unknown) or 'no LoRA matrices'}, not just LoRA matrices")
     check_same({name: base.shapes[name] for name in shapes}, shapes, base.folder.name, source)
     return TaskVector(_Factors(file, targets, shapes), base=base.fingerprint(), source=source)
+
+
+def _check_named_base(named: str | None, base: Checkpoint, source: str) -> None:
+    """An adapter does not hold its base's fingerprint, but its name: ValueError if that is a folder here with other
+    weights, a warning if it only looks like another."""
+    if not named or Path(named).name == base.folder.name or named.replace("/", "--") in str(base.folder):
+        return
+    if Path(named).is_dir() and (Path(named) / "config.json").is_file():
+        if Checkpoint(Path(named)).fingerprint() != base.fingerprint():
+            raise ValueError(f"{source} was made for {named}, whose weights are not those of {base.folder}")
+    else:
+        logger.warning("%s says that it was made for %s; it is taken for one for %s", source, named, base.folder.name)
 
 
 def _pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:

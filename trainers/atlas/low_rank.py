@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..fingerprint import model_fingerprint
+from ..fingerprint import model_fingerprint, sampled
 from .composer import MARK
 from .entries import Entry, LowRank
 from .matching import listed
@@ -57,6 +58,7 @@ class LowRankComposer:
         block_names: the names of the m target matrices, in the model's order.
         model: the `PeftModel`.
         layers: PEFT's m layers.
+        vector_ids: of each task vector what tells it from others.
         base: fingerprint of the base (of a quantised one: the fingerprint that the vectors name, or its own).
 
     Raises:
@@ -80,6 +82,7 @@ class LowRankComposer:
         if any(hasattr(parameter, MARK) for parameter in model.parameters()):
             raise ValueError("a Composer holds this model; call its remove() (or remove(keep=True)) first")
         self.base, self.mode = base_of(vectors, model), mode
+        self.vector_ids = [vector_id(vector) for vector in vectors]
         matrices = check_targets(vectors, model)
         self.block_names = list(matrices)
         entries = read_factors(vectors, matrices)
@@ -160,6 +163,17 @@ class _Branch(LoraVariant):
         scaled = (middle * self.factors().to(middle.device)).to(middle.dtype)
         whole = torch.addmm(result.flatten(0, -2).to(scaled.dtype), scaled.flatten(0, -2), b.T)
         return whole.reshape(result.shape)  # PEFT gives it the type of the result again
+
+
+def vector_id(vector: TaskVector) -> str:
+    """16 hex digits that tell a vector of factors from others."""
+    digest = hashlib.sha256()
+    for name in sorted(vector):
+        entry = vector[name]
+        if isinstance(entry, LowRank):
+            for part in (entry.a, entry.b * entry.scale):
+                digest.update(sampled(name, part))
+    return "factors " + digest.hexdigest()[:16]
 
 
 def base_of(vectors: Sequence[TaskVector], model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..fingerprint import model_fingerprint
+from ..fingerprint import model_fingerprint, once, tensors_fingerprint
 
 if TYPE_CHECKING:
     from .task_vector import TaskVector
@@ -23,7 +23,9 @@ def matched(vector: TaskVector, model: nn.Module, fingerprint: str | None = None
     Raises:
         ValueError: another base, names the model does not have, other shapes, or tied tensors that differ; with lists.
     """
-    if vector.base is not None and vector.base != (found := fingerprint or model_fingerprint(model)):
+    found = fingerprint or (model_fingerprint(model) if vector.base is not None else None)
+    # A vector made from state dicts is named by the buffers in them too.
+    if vector.base not in (None, found) and vector.base != tensors_fingerprint(once(model.state_dict())):
         raise ValueError(
             f"the task vector {vector.source or vector!r} was made from the base {vector.base}, but this model is "
             f"{found}; extract it again from the checkpoint that was fine-tuned and this base"

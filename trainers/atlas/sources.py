@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...files import is_main_process
-from ..fingerprint import model_fingerprint
-from .entries import Entry, LazyTensors
+from ..fingerprint import model_fingerprint, sampled
+from .entries import Entry, LazyTensors, LowRank
 from .matching import listed, matched
 from .slots import cut
 from .storage import TileReader, write_blocks
@@ -27,16 +27,20 @@ from .task_vector import TaskVector, refuse_non_finite
 logger = logging.getLogger(__name__)
 
 
-def align(vectors: Sequence[TaskVector], model: nn.Module) -> tuple[dict[str, nn.Parameter], list[TaskVector]]:
+def align(
+    vectors: Sequence[TaskVector], model: nn.Module, base: str | None = None
+) -> tuple[dict[str, nn.Parameter], list[TaskVector]]:
     """The parameters that the vectors change, by `named_parameters()` name, and the vectors over just these names.
 
-    A vector that is all factors (LoRA) is zero where it has none, so such vectors may have different targets.
+    `base`: the model's fingerprint, where it is known. A vector that is all factors (LoRA) is zero where it has none,
+    so such vectors may have different targets.
 
     Raises:
         ValueError: as `matched`; or a dense vector lacks a tensor that another one changes.
     """
-    known = model_fingerprint(model) if any(vector.base is not None for vector in vectors) else None
-    found = [matched(vector, model, known) for vector in vectors]
+    if base is None and any(vector.base is not None for vector in vectors):
+        base = model_fingerprint(model)
+    found = [matched(vector, model, base) for vector in vectors]
     own = [{id(parameter): name for name, parameter in names.items()} for names in found]
     targets = {
         name: parameter for name, parameter in model.named_parameters() if any(id(parameter) in names for names in own)
@@ -69,27 +73,32 @@ class _Aligned(LazyTensors[Entry]):
 
 
 class Resident:
-    """The vectors in memory, one [n, elements] tensor a parameter beside it, in the widest of the vectors' types."""
+    """The vectors in memory, one [n, elements] tensor a parameter beside it, in the widest of the vectors' types.
+
+    Attributes:
+        ids: of each vector, by which another one is told from it (see `fingerprint.py`).
+    """
 
     def __init__(self, vectors: Sequence[TaskVector], parameters: Mapping[str, nn.Parameter]) -> None:
         self._stacks: dict[str, Tensor] = {}
         sizes = [0.0] * len(vectors)
-        for name, parameter in parameters.items():
+        digests = [hashlib.sha256() for _ in vectors]
+        for name, parameter in sorted(parameters.items()):
             entries = [checked(vector, name, number) for number, vector in enumerate(vectors, 1)]
             sizes = [size + _size(entry) for size, entry in zip(sizes, entries, strict=True)]
+            for digest, entry in zip(digests, entries, strict=True):
+                digest.update(sampled(name, entry))
             dtype = reduce(torch.promote_types, [entry.dtype for entry in entries])
             stack = torch.empty(len(entries), parameter.numel(), dtype=dtype, device=parameter.device)
             for row, entry in zip(stack, entries, strict=True):
                 row.copy_(entry.detach().reshape(-1))
             self._stacks[name] = stack
         refuse_zero(vectors, sizes)
+        self.ids = [digest.hexdigest()[:16] for digest in digests]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]"""
         return cut(self._stacks[name], start, stop)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._stacks[name].dtype
 
     def keep(self, name: str, start: int, stop: int) -> None:
         """From now on this process reads elements `start:stop` only, counted from `start`."""
@@ -108,7 +117,8 @@ class Stream:
     """
 
     def __init__(self, vectors: Sequence[TaskVector], names: Sequence[str], path: str | Path | None = None) -> None:
-        key, dtypes = survey(vectors, names)
+        names = sorted(names)  # whatever the blocks: one file serves them all
+        key, dtypes, self.ids = survey(vectors, names)
         own = path is None
         if path is None:
             folder = tempfile.mkdtemp(prefix="steerbook-")
@@ -129,9 +139,6 @@ class Stream:
         first = self._starts[name]
         return self._reader.read(name, first + start, first + stop)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtypes[name]
-
     def keep(self, name: str, start: int, stop: int) -> None:
         """From now on this process reads elements `start:stop` only, counted from `start`."""
         self._starts[name] = start
@@ -149,22 +156,47 @@ def write_stream(path: Path, vectors: Sequence[TaskVector], dtypes: Mapping[str,
     logger.info("wrote %s", path)
 
 
-def survey(vectors: Sequence[TaskVector], names: Sequence[str]) -> tuple[str, dict[str, torch.dtype]]:
-    """A key of the vectors' exact contents, and each tensor's type in a file (the widest of the vectors').
+def survey(vectors: Sequence[TaskVector], names: Sequence[str]) -> tuple[str, dict[str, torch.dtype], list[str]]:
+    """A key of the vectors' exact contents, each tensor's type in a file (the widest of the vectors'), and their ids.
 
     Raises:
         ValueError: NaN or infinity, or a vector that is zero in all these tensors.
     """
     digest = hashlib.sha256(json.dumps([len(vectors), list(names)]).encode())
     dtypes: dict[str, torch.dtype] = {}
+    ids = []
     for number, vector in enumerate(vectors, 1):
-        size = 0.0
+        size, own = 0.0, hashlib.sha256()
         for name in names:
-            dtype, change = _add(digest, checked(vector, name, number))
+            entry = checked(vector, name, number)
+            dtype, change = _add(digest, entry)
             dtypes[name] = torch.promote_types(dtypes.get(name, dtype), dtype)
             size += change
+            own.update(sampled(name, entry))
+            del entry  # before the next one is read
         refuse_zero([vector], [size], number)
-    return digest.hexdigest()[:16], dtypes
+        ids.append(own.hexdigest()[:16])
+    return digest.hexdigest()[:16], dtypes, ids
+
+
+def vector_digest(vector: TaskVector, number: int = 1, names: Iterable[str] | None = None) -> str:
+    """A key of a vector's exact contents in `names` (default: all), read one tensor at a time; factors as they are.
+
+    Raises:
+        ValueError: NaN or infinity, or a vector that is zero in all of them.
+    """
+    digest = hashlib.sha256()
+    size = 0.0
+    for name in sorted(vector if names is None else names):
+        entry = vector[name]
+        parts = (entry.a, entry.b) if isinstance(entry, LowRank) else (entry,)
+        digest.update(f"{name} {entry.scale if isinstance(entry, LowRank) else 1}".encode())
+        for part in parts:
+            refuse_non_finite(part, f"task vector {number} ({vector.source}): {name}")
+            _add(digest, part)
+        size += min(_size(part) for part in parts)
+    refuse_zero([vector], [size], number)
+    return digest.hexdigest()[:16]
 
 
 def _add(digest: hashlib._Hash, entry: Tensor) -> tuple[torch.dtype, float]:

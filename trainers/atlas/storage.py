@@ -49,7 +49,7 @@ def write_blocks(
     free = shutil.disk_usage(path.parent).free
     if free < place + len(text):
         raise OSError(
-            f"{path} needs {(place + len(text)) / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there; choose "
+            f"{path} needs {(place + len(text)) / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free there; choose "
             "another place or fewer task vectors (nothing was written)"
         )
     with replacing(path) as file:

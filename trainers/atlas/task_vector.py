@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..fingerprint import once, tensors_fingerprint
 from .entries import Entry, LazyTensors, LowRank, dense, plus, times
 from .matching import check_same, listed, matched
 from .storage import write_blocks
@@ -53,14 +54,18 @@ class TaskVector(Mapping[str, Entry]):
     def from_state_dicts(
         cls, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
     ) -> TaskVector:
-        """`tuned - base`, computed in fp32 (fp64 for fp64) and kept in `dtype` (default: that of `tuned`).
+        """`tuned - base` of two models' `state_dict()`, computed in fp32 (fp64 for fp64) and kept in `dtype` (default:
+        that of `tuned`). Tied tensors count once, under their first name; integers and booleans are left out.
 
         Raises:
-            ValueError: names or shapes differ; it lists them. Integer and boolean entries are left out.
+            ValueError: names or shapes differ; it lists them.
         """
-        check_same({k: v.shape for k, v in base.items()}, {k: v.shape for k, v in tuned.items()}, "base", "tuned")
-        floating = [name for name, tensor in tuned.items() if tensor.is_floating_point()]
-        return cls({name: difference(base[name], tuned[name], dtype) for name in floating})
+        before, after = once(base), once(tuned)
+        check_same({k: v.shape for k, v in before.items()}, {k: v.shape for k, v in after.items()}, "base", "tuned")
+        return cls(
+            {name: difference(before[name], tensor, dtype) for name, tensor in after.items()},
+            base=tensors_fingerprint(before),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
@@ -125,8 +130,11 @@ class TaskVector(Mapping[str, Entry]):
         """One entry as a tensor; a low-rank one is multiplied out."""
         return dense(self[name])
 
+    __eq__ = object.__eq__  # as a mapping it would compare tensors, which have no single truth value
+    __hash__ = object.__hash__
+
     def __mul__(self, factor: float) -> TaskVector:
-        return _combine(self, factor, None, 0.0)
+        return _combine(self, factor, None, 0.0) if isinstance(factor, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -134,10 +142,13 @@ class TaskVector(Mapping[str, Entry]):
         return self * -1.0
 
     def __add__(self, other: TaskVector) -> TaskVector:
-        return _combine(self, 1.0, other, 1.0)
+        return _combine(self, 1.0, other, 1.0) if isinstance(other, TaskVector) else NotImplemented
+
+    def __radd__(self, other: int) -> TaskVector:
+        return self if other == 0 else NotImplemented  # what `sum` starts with
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return _combine(self, 1.0, other, -1.0)
+        return _combine(self, 1.0, other, -1.0) if isinstance(other, TaskVector) else NotImplemented
 
     def dot(self, other: TaskVector) -> float:
         """Inner product over the entries both have, summed in fp64."""
