@@ -476,3 +476,28 @@ def test_nothing_is_left_when_an_adapter_cannot_be_written(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         export_adapter(composer, tmp_path / "out")
     assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["resident", "stream", "low rank"])
+def test_coefficients_of_other_vectors_are_refused(kind, tmp_path):
+    """And of the same ones in another order; kept in bf16 they are the same."""
+
+    def build(vectors):
+        if kind == "low rank":
+            return LowRankComposer(tiny("llama"), vectors)
+        return Composer(tiny("llama"), vectors, placement=kind)
+
+    model = tiny("llama")
+    vectors = lora_vectors(model) if kind == "low rank" else dense_vectors(model)
+    composer = build(vectors)
+    assert len(set(composer.vector_ids)) == 3
+    save_coefficients(tmp_path / "c.json", composer, sources=["a", "b", "c"])
+    saved = load_coefficients(tmp_path / "c.json")
+    apply_coefficients(build(vectors), saved)
+    with pytest.raises(ValueError, match="learned for other task vectors than a, b, or in another order"):
+        apply_coefficients(build([vectors[1], vectors[0], vectors[2]]), saved)
+    with pytest.raises(ValueError, match="learned for other task vectors than c, or"):
+        apply_coefficients(build([vectors[0], vectors[1], 2 * vectors[2]]), saved)
+    if kind != "low rank":
+        rounded = [TaskVector({name: entry.bfloat16() for name, entry in vector.items()}) for vector in vectors]
+        apply_coefficients(build(rounded), saved)

@@ -150,6 +150,47 @@ def test_resumes_bit_for_bit(tmp_path, rounding):
     assert saved == {"coefficients.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
+def test_a_checkpoint_of_other_vectors_is_refused(tmp_path):
+    cut = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path / "run", make(), **cut).train()
+    torch.manual_seed(0)
+    model = tiny_llama()
+    vectors = [TaskVector({n: 0.05 * torch.randn_like(p) for n, p in model.named_parameters()}) for _ in range(3)]
+    other = Composer(model, vectors[::-1])
+    with pytest.raises(ValueError, match="holds coefficients of other task vectors, or in another order"):
+        trainer(tmp_path / "run", other, **cut).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_deepspeed_is_refused_with_the_way_out(tmp_path):
+    learner = trainer(tmp_path, make())
+    learner.is_deepspeed_enabled = True  # what the Trainer finds when it is launched so
+    with pytest.raises(ValueError, match="which DeepSpeed keeps to itself; use DDP or FSDP2"):
+        learner._take_over_engines()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_twenty_steps_with_a_penalty_are_those_of_autograd(p):
+    """Spec 7, P13: from coefficients zero, where the subgradient of both norms is zero, in fp64; the loss a bowl."""
+    torch.manual_seed(0)
+    slope, bowl = torch.randn(3, 7, dtype=torch.float64), torch.rand(3, 7, dtype=torch.float64)
+    paths = []
+    for ours in (True, False):
+        leaf = torch.nn.Parameter(torch.zeros(3, 7, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.1)
+        for _ in range(20):
+            loss = (slope * leaf + bowl * leaf**2).sum()
+            if ours:
+                loss.backward()
+                leaf.grad += penalty_gradient(leaf, p)
+            else:
+                (loss + 0.5 * sum(leaf[:, block].norm(p) for block in range(7)) / 7).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        paths.append(leaf.detach().clone())
+    torch.testing.assert_close(paths[0], paths[1], atol=1e-12, rtol=0)
+    assert paths[0].abs().max() > 0.1
+
+
 def test_unit_gradient_is_a_scaled_clipped_one_that_is_unscaled_too_late():
     """Spec 1.7: gradients scaled by 65536, clipped to norm 1, then unscaled, with Adam's eps 1e-8."""
     torch.manual_seed(0)

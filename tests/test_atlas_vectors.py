@@ -130,6 +130,31 @@ def test_differences_are_taken_in_fp32():
     assert list(TaskVector.from_state_dicts(counters, counters)) == ["w"]  # integers are no directions
 
 
+def test_state_dicts_name_their_base_and_count_tied_tensors_once():
+    base, tuned = tiny_llama(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1.0)
+    vector = TaskVector.from_state_dicts(base.state_dict(), tuned.state_dict())
+    assert "lm_head.weight" in base.state_dict() and set(vector) == {name for name, _ in base.named_parameters()}
+    assert vector.norm() == pytest.approx(sum(p.numel() for p in base.parameters()) ** 0.5)
+    assert vector.base == model_fingerprint(base)
+    with pytest.raises(ValueError, match="was made from the base"):
+        vector.apply(tuned)
+    with pytest.raises(ValueError, match="tuned has no|base has no"):
+        TaskVector.from_state_dicts(base.state_dict(), tiny_llama().state_dict())
+
+
+def test_a_vector_is_a_number_among_vectors_and_equal_to_itself_alone():
+    one, two = dense_vector(), dense_vector()
+    total = sum([one, two])
+    torch.testing.assert_close(flat(total), flat(one) + flat(two))
+    assert one == one and one != two and len({one, two}) == 2
+    for wrong in (lambda: one + 1, lambda: one - 1, lambda: one * two, lambda: 1 + one):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
+
+
 def test_state_dicts_of_different_models():
     base = {"a": torch.ones(2), "model.embed_tokens.weight": torch.ones(10, 2)}
     with pytest.raises(ValueError, match="base has no c; tuned has no a"):

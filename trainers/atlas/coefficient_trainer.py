@@ -52,8 +52,9 @@ class CoefficientArguments:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):  # type: ignore[attr-defined]
-            raise ValueError(f"--optim {self.optim} has no effect on coefficients: see --optimizer")  # type: ignore[attr-defined]
+        optim = str(getattr(self.optim, "value", self.optim))  # type: ignore[attr-defined]
+        if not optim.startswith("adamw_torch"):
+            raise ValueError(f"--optim {optim} has no effect on coefficients: see --optimizer")
         if self.optimizer == "paper" and self.adam_epsilon == 1e-8:  # type: ignore[has-type]
             self.adam_epsilon = UNIT_EPSILON
         whole = {

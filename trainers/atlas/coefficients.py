@@ -104,12 +104,12 @@ def apply_coefficients(composer: Composer | LowRankComposer, saved: SavedCoeffic
             f"they are for {len(saved.sources)} task vectors ({', '.join(saved.sources)}), here are "
             f"{len(composer.coefficients)}"
         )
-    elif others := _other_vectors(here, saved):
-        problems.append(f"they were learned for other task vectors than {', '.join(others)}, or in another order")
     if (here.kind == "per_factor") != (saved.kind == "per_factor"):
         problems.append(f"they are {saved.kind!r}, these {here.kind!r}")
     if list(here.blocks.items()) != list(saved.blocks.items()):
         problems.append(_other_blocks(here, saved))
+    elif others := _other_vectors(here, saved):
+        problems.append(f"they were learned for other task vectors than {', '.join(others)}, or in another order")
     if here.partitions != saved.partitions or (saved.partitions > 1 and here.seed != saved.seed):
         problems.append(
             f"they are for partitions={saved.partitions}, seed={saved.seed}; here are partitions={here.partitions}, "
@@ -161,7 +161,7 @@ def _kind(composer: Composer, blocks: dict[str, list[str]]) -> str:
 
 def _other_vectors(here: SavedCoefficients, saved: SavedCoefficients) -> list[str]:
     """The sources of vectors that are others here. Factors cannot be told from what they multiply out to."""
-    pairs = zip(saved.sources, saved.vectors, here.vectors, strict=True)
+    pairs = zip(saved.sources, saved.vectors, here.vectors, strict=False)  # their number is a problem of its own
     return [source for source, one, other in pairs if one != other and (" " in one) == (" " in other)]
 
 
