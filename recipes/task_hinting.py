@@ -30,6 +30,7 @@ from steerbook.data_builders.task_hinting import HintingDataArguments
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.eval.task_hinting import teacher_forced
+from steerbook.eval.task_hinting.figures import AT_TEST
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.files import write_json
 from steerbook.trainers.dry_run import show_dry_run
@@ -37,6 +38,7 @@ from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
 from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, fit
 from steerbook.trainers.task_hinting.arrays import TorchArrays
+from steerbook.trainers.task_hinting.schedules import parse_weights
 from steerbook.trainers.task_hinting.softmax import items
 from steerbook.trainers.task_hinting.trainer import HintingConfig, HintingTrainer
 
@@ -148,13 +150,32 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             key = f"{arm.key}_at_test" if at_test else arm.key
             facts = {
                 "name": arm.key, "at_test": at_test, "order": [order, at_test], "longest": data.longest,
-                "label": label(settings, arm) + (", softmax at test" if at_test else ""), "trained": fitted.trained,
+                "label": label(settings, arm) + (AT_TEST if at_test else ""), "trained": fitted.trained,
                 "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
                 "peak_memory_bytes": peak_memory(), "splits": splits,
             }  # fmt: skip
             (folder / key).mkdir(parents=True, exist_ok=True)
             write_json(folder / key / "measured.json", facts)
         report(arm.key)
+
+
+def check(settings: Settings) -> dict[int, Any]:
+    """Before any time is spent: ValueError for what cannot be trained or tested. The first seed's test sets."""
+    data, training = settings.data, settings.training
+    arms = settings.arms.planned(data.hints)
+    used = dict.fromkeys(hint for arm in arms for hint in arm.hints)
+    tests = hinting_data.test_sets(replace(data, hints=list(used), rows_seed=settings.recipe.seeds[0]))
+    parse_weights(training.weights, [data.main, *used])
+    cut = training.gradient_accumulation_steps * training.world_size
+    for arm in arms:
+        rows = sum(task.rows for task in hinting_data.tasks(data, arm.hints, data.hint_rows * arm.extra))
+        if rows % cut:
+            raise ValueError(
+                f"{arm.key} has {rows} rows a step, which --gradient_accumulation_steps "
+                f"{training.gradient_accumulation_steps} x {training.world_size} processes do not divide"
+            )
+    scratch_model(2, settings.scratch, 0, max(rows.ids.shape[1] for rows in tests.values()))
+    return tests
 
 
 def dry_run(settings: Settings) -> None:
@@ -188,10 +209,7 @@ def main(argv: list[str]) -> None:
         settings = parse(argv)
         training, seeds = settings.training, settings.recipe.seeds
         check_unused(training)
-        tests = hinting_data.test_sets(settings.data)
-        for arm in settings.arms.planned(settings.data.hints):
-            hinting_data.tasks(settings.data, arm.hints)
-        scratch_model(2, settings.scratch, 0, max(rows.ids.shape[1] for rows in tests.values()))
+        tests = check(settings)
         if settings.recipe.dry_run:
             return dry_run(settings)
         flags, defaults = flags_and_defaults(settings)

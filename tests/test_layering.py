@@ -133,7 +133,7 @@ def test_house_style(path):
 def test_public_names_of_the_trainers():
     assert set(steerbook.trainers.__all__) >= {
         "AtlasConfig", "AtlasTrainer", "Composer", "LowRankComposer", "TaskVector",
-        "HeadSelection", "LofitConfig", "LofitDPOConfig", "LofitDPOTrainer", "LofitSFTConfig", "LofitSFTTrainer",
+        "HeadSelection", "HintingConfig", "HintingTrainer", "LofitConfig", "LofitDPOConfig", "LofitDPOTrainer", "LofitSFTConfig", "LofitSFTTrainer",
         "export_merged", "newest_complete_checkpoint",
     }  # fmt: skip
     assert set(lofit.__all__) == {
@@ -166,6 +166,19 @@ def test_public_names_of_the_trainers():
         ("trainers.atlas.extract", ["task_vector"]),
         ("trainers.atlas.linearized", ["linearized_step"]),
         ("trainers.atlas.selection", ["blockwise_vectors", "gradient_scores", "vectors_by_feature"]),
+        (
+            "trainers.task_hinting",
+            [
+                "LengthSoftmax",
+                "ScratchConfig",
+                "length_softmax",
+                "named_tokenizer",
+                "scratch_model",
+                "use_length_softmax",
+            ],
+        ),
+        ("data_builders.task_hinting", ["HintingDataArguments", "build", "make_stream", "test_sets"]),
+        ("eval.task_hinting", ["area", "by_length", "error_shares", "falls_under", "generated", "teacher_forced"]),
         ("trainers.multitask", ["MultiTaskConfig", "MultiTaskTrainer"]),
         ("trainers.tiny_lm", ["TinyConfig", "tiny_lm"]),
         ("trainers.training", ["FiniteTrainer", "HouseArguments", "NonFiniteError"]),

@@ -7,6 +7,8 @@ _MODULES = {
     "AtlasTrainer": "atlas.trainer",
     "Composer": "atlas",
     "HeadSelection": "lofit",
+    "HintingConfig": "task_hinting.trainer",
+    "HintingTrainer": "task_hinting.trainer",
     "LofitConfig": "lofit",
     "LofitDPOConfig": "lofit",
     "LofitDPOTrainer": "lofit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from ..figures import COLOURS, GRID, save, style
 
-LINES = ("-", "--", ":", "-.")
+AT_TEST = ", softmax at test"  # how labels of models end that have it for the test only
 
 
 def accuracy_by_length(
@@ -19,16 +20,19 @@ def accuracy_by_length(
 ) -> None:
     """A line an arm, the mean over seeds, in a band from the lowest to the highest seed; `curves[arm][seed][length]`.
 
-    The lengths of training, up to `longest`, are shaded.
+    What ends in `AT_TEST` has the colour of the arm without that, and dashes. The lengths of training, up to
+    `longest`, are shaded.
     """
     if not curves:
         raise ValueError("no curves to draw; give at least one arm")
-    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
     axes = figure.add_subplot()
-    for number, (name, seeds) in enumerate(curves.items()):
+    arms = list(dict.fromkeys(name.removesuffix(AT_TEST) for name in curves))
+    for name, seeds in curves.items():
+        number, line = arms.index(name.removesuffix(AT_TEST)), "--" if name.endswith(AT_TEST) else "-"
         lengths = sorted(seeds[0])
         values = 100 * np.array([[curve[n] for n in lengths] for curve in seeds])
-        colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(lengths, values.mean(0), line, color=colour, linewidth=1.8, label=name, marker="o", markersize=3)
         if len(seeds) > 1:
             axes.fill_between(lengths, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
@@ -37,7 +41,7 @@ def accuracy_by_length(
     style(axes, title)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set(xlabel="items", ylabel="right throughout (%)", ylim=(-2, 102), xlim=(0, None))
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
     save(figure, path)
 
 
@@ -64,7 +68,7 @@ def error_kinds(shares: Mapping[str, Mapping[int, Mapping[str, float]]], path: P
             axes.bar(places, values, 0.8, bottom=floor, color=COLOURS[number])
             handles.append(Rectangle((0, 0), 1, 1, color=COLOURS[number]))
             floor += values
-        style(axes, name)
+        style(axes, fill(name, 34))
         axes.title.set_fontsize(8)
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set(ylim=(0, 100))

@@ -90,10 +90,12 @@ def show(run: RunFolder) -> None:
 
 
 def _draw_losses(run: RunFolder, results: Results) -> None:
-    """Of the first seed: the loss of each task of each arm."""
+    """Of the first seed: the loss of each task, of the arms with the usual softmax."""
     seed = results.seeds[0]
     curves: dict[str, list[tuple[float, float]]] = {}
     for arm in results.arms:
+        if "softmax" in arm[0]:
+            continue
         record = results.draws(seed, arm)[0]
         for entry in record.get("log", []):
             for key, value in entry.items():

@@ -114,6 +114,8 @@ def fit(
     args = copy.copy(args)
     args.output_dir, args.seed = str(folder), seed
     args.per_device_train_batch_size = stream.rows // (args.gradient_accumulation_steps * args.world_size)
+    names = {task.name for task in stream.tasks}  # --weights may name hints of other arms
+    args.weights = [text for text in args.weights or [] if text.partition("=")[0] in names]
     model = scratch_model(len(vocabulary), scratch, seed, longest_row)
     if softmax is not None:
         use_length_softmax(model, softmax)

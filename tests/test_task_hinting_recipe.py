@@ -1,0 +1,164 @@
+"""recipes/task_hinting.py as a user runs it: the smoke preset by `accelerate launch`, other tasks, bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerbook.data_builders.task_hinting import HintingDataArguments
+from steerbook.data_builders.task_hinting import test_sets as sets_of_tests
+from steerbook.eval.task_hinting import teacher_forced
+from steerbook.trainers.task_hinting.softmax import items, load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The script, imported by its path: `recipes/` is not a package."""
+    spec = importlib.util.spec_from_file_location("task_hinting_recipe", ROOT / "recipes" / "task_hinting.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe") / "smoke"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/task_hinting.py", "--preset", "smoke"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder)], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_smoke_shows_the_robust_facts(smoke):
+    """Short training: right in range, lost far beyond it. Whether the hint helps is no fact of one seed."""
+    folder, output = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "finished" and results["toy"] is True and results["claims"] == []
+    standard = results["metrics"]["before"]
+    assert standard["em/6"]["value"] > 0.95 and standard["em/36"]["value"] < 0.3
+    assert len(results["metrics"]["others"]) == 3  # the hint's, and both with the softmax at test
+    assert "Claims are judged from three seeds on" in output and "shows nothing about large models" in output
+    assert str(folder.parent) not in (folder / "results.json").read_text()
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"accuracy_by_length.png", "errors.png", "loss_seed_0.png"}
+
+
+def test_smoke_leaves_models_that_score_the_same(smoke):
+    folder, _ = smoke
+    record = json.loads((folder / "seed_0" / "hint_successor" / "measured.json").read_text())
+    model = load(folder / "seed_0" / "hint_successor" / "model")
+    rows = sets_of_tests(HintingDataArguments(test_rows=200, rows_seed=0))
+    for length in (6, 18):
+        again = teacher_forced(model, rows[length])
+        assert [s["metrics"] for s in again] == [s["metrics"] for s in record["splits"][f"test_{length}"]]
+
+
+def test_a_finished_folder_is_shown_not_overwritten(smoke, recipe, capsys):
+    folder, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    recipe.main(["--preset", "smoke", "--output_dir", str(folder)])
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+SHORT = ["--preset", "smoke", "--max_steps", "2", "--warmup_steps", "0", "--test_rows", "10", "--use_cpu", "true"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--main", "increment", "--hints", "carry", "digit", "--control_hint", "copy", "--positions", "rope"],
+        ["--main", "addition", "--hints", "no_carry", "--control_hint", "copy", "--positions", "learned",
+         "--table", "160", "--reverse", "true"],
+        ["--main", "count", "--hints", "member", "--softmax_rule", "learn", "--softmax_count", "keys"],
+        ["--repetitions", "true", "--hints", "run", "--softmax_rule", "ssmax", "--mix", "random",
+         "--weights", "sort=first:1", "run=0.5", "--gradient_accumulation_steps", "4"],
+    ],
+)  # fmt: skip
+def test_every_arm_of_every_family(recipe, tmp_path, flags):
+    arms = ["standard", "standard_total", "hint", "control", "softmax", "hint_softmax"]
+    recipe.main([*SHORT, *flags, "--arms", *arms, "--output_dir", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "finished"
+    folders = {file.parent.name for file in (tmp_path / "run" / "seed_0").glob("*/measured.json")}
+    hints = flags[flags.index("--hints") + 1 :]
+    hints = hints[: next((i for i, flag in enumerate(hints) if flag.startswith("--")), len(hints))]
+    trained = {"standard", "standard_total", "softmax", "control_copy"}
+    trained |= {f"{kind}_{hint}" for kind in ("hint", "hint_softmax") for hint in hints}
+    assert folders == trained | {f"{arm}_at_test" for arm in trained if "softmax" not in arm}
+    model = load(tmp_path / "run" / "seed_0" / "softmax" / "model")
+    with items(torch.tensor([3])):
+        assert model(torch.tensor([[7, 8, 9, 2]])).logits.isfinite().all()
+
+
+def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
+    original, calls = recipe.fit, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    flags = [*SHORT, "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(recipe, "fit", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        recipe.main(flags)
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("seed_*/*/measured.json")}
+    assert len(done) == 2
+    recipe.main(flags)
+    after = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("seed_*/*/measured.json")}
+    assert done.items() < after.items() and len(calls) == 3
+
+
+def test_dry_run_shows_rows_and_cost_and_leaves_nothing(recipe, tmp_path, capsys):
+    recipe.main(["--preset", "paper", "--dry_run", "true", "--output_dir", str(tmp_path / "run")])
+    output = capsys.readouterr().out
+    for text in (
+        "=> [",
+        "all parameters",
+        "hint run (shared mark), 1024 + 512 rows",
+        "8 models x 3 seeds, 100,000 steps",
+    ):
+        assert text in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--hints", "carry"], ["unknown task 'carry'", "successor"]),
+        (["--arms", "hinted"], ["unknown arm 'hinted'", "hint_softmax"]),
+        (["--control_hint", "successor", "--arms", "control"], ["--control_hint successor is one of --hints"]),
+        (["--control_hint", "carry", "--arms", "control"], ["unknown task 'carry'"]),
+        (["--hint_longest", "9"], ["--allow_longer_hints"]),
+        (["--values", "20"], ["lists of 36 different numbers", "--values"]),
+        (["--positions", "learned"], ["learned positions for 64 tokens", "raise --table to 74"]),
+        (["--weights", "successor=-1"], ["finite and not negative"]),
+        (["--weights", "sort=0"], ["gives the main task sort nothing"]),
+        (["--prompt_style", "shared", "--hints", "predecessor"], ["predecessor contradicts sort"]),
+        (["--softmax_n0", "1"], ["n0=1.0"]),
+        (
+            ["--gradient_accumulation_steps", "5"],
+            ["standard has 64 rows a step", "--gradient_accumulation_steps 5 x 1"],
+        ),
+        (["--nonsense", "1"], ["--nonsense"]),
+    ],
+)
+def test_bad_input_is_said_before_any_training(recipe, tmp_path, flags, parts):
+    with pytest.raises(SystemExit) as caught:
+        recipe.main(["--preset", "smoke", *flags, "--output_dir", str(tmp_path / "run")])
+    text = str(caught.value.code)
+    assert text.startswith("error: ") and all(part in text for part in parts), text
+    assert not list(tmp_path.rglob("measured.json")) and not list(tmp_path.rglob("*.safetensors"))
