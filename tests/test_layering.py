@@ -133,7 +133,8 @@ def test_house_style(path):
 def test_public_names_of_the_trainers():
     assert set(steerbook.trainers.__all__) >= {
         "AtlasConfig", "AtlasTrainer", "Composer", "LowRankComposer", "TaskVector",
-        "HeadSelection", "HintingConfig", "HintingTrainer", "LofitConfig", "LofitDPOConfig", "LofitDPOTrainer", "LofitSFTConfig", "LofitSFTTrainer",
+        "HeadSelection", "HintingConfig", "HintingTrainer",
+        "LofitConfig", "LofitDPOConfig", "LofitDPOTrainer", "LofitSFTConfig", "LofitSFTTrainer",
         "export_merged", "newest_complete_checkpoint",
     }  # fmt: skip
     assert set(lofit.__all__) == {
