@@ -25,6 +25,7 @@ from steerbook.eval.task_hinting import (
     generated,
     teacher_forced,
 )
+from steerbook.eval.task_hinting.attention import attention_masses
 from steerbook.eval.task_hinting.figures import accuracy_by_length, error_kinds
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.eval.task_hinting.summary import Results, claims
@@ -218,3 +219,49 @@ def test_figures_refuse_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no arms"):
         error_kinds({}, tmp_path / "b.png", title="t")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("softmax", [None, LengthSoftmax("log", 3.0), LengthSoftmax("ssmax", 3.0, "items")])
+def test_attention_masses_by_hand(softmax):
+    """Key by key from the model's own queries and keys; the masses of all kinds sum to 1."""
+    rows = rows_of(5, 12, repetitions=True)
+    model = scratch_model(40, ScratchConfig(layers=1), 2, 40).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    if softmax is not None:
+        use_length_softmax(model, softmax)
+    before = model.config._attn_implementation
+    found = attention_masses(model, rows, 5, items)
+    assert model.config._attn_implementation == before
+    total = np.sum([found[kind] for kind in found], axis=0)
+    np.testing.assert_allclose(total, np.ones((1, 2)), atol=1e-6)
+
+    attention, seen = model.model.layers[0].self_attn, {}
+    for name in ("q_proj", "k_proj"):
+        getattr(attention, name).register_forward_hook(lambda m, x, y, name=name: seen.update({name: y}))
+    with torch.no_grad(), items(torch.as_tensor(rows.lengths)):
+        model(torch.as_tensor(rows.ids))
+    q, k = (seen[name].view(12, -1, 2, 16).double() for name in ("q_proj", "k_proj"))
+    mass = {"identity": np.zeros(2), "successor": np.zeros(2), "mark": np.zeros(2)}
+    count = 0
+    for row, ids in enumerate(rows.ids.tolist()):
+        for place in range(6, 10):  # behind the mark at 5, while a number follows
+            x, following = ids[place], ids[place + 1]
+            tau = 1.0 if softmax is None else np.log(place + 1) / np.log(3)
+            tau = np.log(5) / np.log(3) if softmax is not None and softmax.count == "items" else tau
+            logits = tau * torch.einsum("hd,khd->hk", q[row, place], k[row, : place + 1]) / 4
+            weights = logits.softmax(-1).numpy()
+            count += 1
+            for key in range(place + 1):
+                if key < 5 and ids[key] == x:
+                    mass["identity"] += weights[:, key]
+                elif key < 5 and ids[key] == following:
+                    mass["successor"] += weights[:, key]
+                elif key == 5:
+                    mass["mark"] += weights[:, key]
+    for kind, total in mass.items():
+        np.testing.assert_allclose(found[kind][0], total / count, atol=1e-4)
+    with pytest.raises(ValueError, match="at least two items"):
+        attention_masses(model, rows_of(1), 5, items)

@@ -91,11 +91,11 @@ def generated(model: CausalLM, rows: Rows, batch_size: int = 256, telling: Telli
             batch = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
             config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=EOS, pad_token_id=0)
-            with _told(telling, torch.as_tensor(rows.lengths)[part]):
+            with told(telling, torch.as_tensor(rows.lengths)[part]):
                 found = run(input_ids=batch, attention_mask=mask, generation_config=config)[:, width:].tolist()
             for tokens, answer in zip(found, answers, strict=True):
-                told = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
-                samples.append({"metrics": {"em": float(told == answer)}})
+                said = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+                samples.append({"metrics": {"em": float(said == answer)}})
     return samples
 
 
@@ -129,7 +129,8 @@ def error_shares(samples: Sequence[Sample]) -> dict[str, float]:
     return {kind: counts[kind] / len(samples) for kind in ERRORS}
 
 
-def _told(telling: Telling | None, lengths: Tensor) -> AbstractContextManager[None]:
+def told(telling: Telling | None, lengths: Tensor) -> AbstractContextManager[None]:
+    """What tells the model the items of the problems, or nothing."""
     return nullcontext() if telling is None else telling(lengths)
 
 
@@ -142,6 +143,6 @@ def _passes(
     with evaluating(model):
         for start in range(0, len(ids), batch_size):
             part = slice(start, start + batch_size)
-            with _told(telling, lengths[part]):
+            with told(telling, lengths[part]):
                 logits = model(input_ids=ids[part].to(device), use_cache=False).logits
             yield ids[part], targets[part], torch.as_tensor(rows.questions)[part].tolist(), logits.argmax(-1).tolist()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 NAME = "length_softmax"  # as attn_implementation, and of the settings in config.json
 WEIGHT = "length_weight"  # of an attention module: `a` or `s` of its heads
@@ -157,6 +157,23 @@ def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`; `query`: [rows, heads, queries, head_dim]."""
+    tau = _tau(module, query, key, attention_mask)
+    return sdpa_attention_forward(module, query * tau, key, value, attention_mask, **kwargs)
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """The same, with the attention weights [rows, heads, queries, keys], for looking at them."""
+    tau = _tau(module, query, key, attention_mask)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    weights = ((query * tau) @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _tau(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Broadcasts with queries [rows, heads, queries, head_dim]."""
     stored = dict(getattr(module.config, NAME))
     weights = stored.pop("weights", None)
     settings = LengthSoftmax(**stored)
@@ -176,9 +193,10 @@ def _forward(
     weight = getattr(module, WEIGHT, None)
     if weight is None and weights is not None:
         weight = torch.tensor(weights[module.layer_idx], device=query.device)  # type: ignore[index]
-    tau = settings.tau(n, None if weight is None else weight[None, :, None, None])
-    return sdpa_attention_forward(module, query * tau.to(query.dtype), key, value, attention_mask, **kwargs)
+    return settings.tau(n, None if weight is None else weight[None, :, None, None]).to(query.dtype)
 
 
 AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(f"{NAME}_eager", _eager)
+AttentionMaskInterface.register(f"{NAME}_eager", eager_mask)
