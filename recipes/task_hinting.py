@@ -30,6 +30,7 @@ from steerbook.data_builders.task_hinting import HintingDataArguments
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.eval.task_hinting import teacher_forced
+from steerbook.eval.task_hinting.attention import attention_masses
 from steerbook.eval.task_hinting.figures import AT_TEST
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.files import write_json
@@ -112,6 +113,11 @@ def label(settings: Settings, arm: Arm) -> str:
     return " + ".join(words or ["standard"]) + f", {rows} rows"
 
 
+def first(rows: Any, count: int = 100) -> Any:
+    """The first of the test rows: enough to see what attention does."""
+    return type(rows)(*(part[:count] for part in rows))
+
+
 def run_seed(argv: list[str], seed: int, report: Any) -> None:
     """Everything for one seed: each arm's model, and what it scores, written to its folder as soon as it is there."""
     settings = parse(argv)
@@ -147,12 +153,14 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
                     f"test_{n}": teacher_forced(fitted.model, rows, recipe.eval_batch_size, items)
                     for n, rows in tests.items()
                 }
+                looks = {n: attention_masses(fitted.model, first(rows), telling=items) for n, rows in tests.items()
+                         if data.main == "sort" and n > 1}  # fmt: skip
             key = f"{arm.key}_at_test" if at_test else arm.key
             facts = {
                 "name": arm.key, "at_test": at_test, "order": [order, at_test], "longest": data.longest,
                 "label": label(settings, arm) + (AT_TEST if at_test else ""), "trained": fitted.trained,
                 "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
-                "peak_memory_bytes": peak_memory(), "splits": splits,
+                "peak_memory_bytes": peak_memory(), "splits": splits, "attention": looks,
             }  # fmt: skip
             (folder / key).mkdir(parents=True, exist_ok=True)
             write_json(folder / key / "measured.json", facts)

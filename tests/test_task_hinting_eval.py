@@ -26,7 +26,8 @@ from steerbook.eval.task_hinting import (
     teacher_forced,
 )
 from steerbook.eval.task_hinting.attention import attention_masses
-from steerbook.eval.task_hinting.figures import accuracy_by_length, error_kinds
+from steerbook.eval.task_hinting.figures import by_length as lines_by_length
+from steerbook.eval.task_hinting.figures import error_kinds
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.eval.task_hinting.summary import Results, claims
 from steerbook.files import write_json
@@ -164,6 +165,7 @@ def write_records(folder, seeds=(0, 1, 2)):
                 "name": name, "at_test": at_test, "order": [order, at_test], "longest": 6, "trained": 23,
                 "label": name + (" at test" if at_test else ""), "seconds": 2.0, "peak_memory_bytes": 7_000_000,
                 "log": [{"step": 1, "loss/sort": 1.0}, {"step": 2, "loss/sort": 0.5}], "splits": splits,
+                "attention": {n: {"identity": [[0.1, 0.2]], "successor": [[0.3, 0.6 - n / 100]]} for n in LENGTHS},
             }  # fmt: skip
             path = folder / f"seed_{seed}" / f"{name}{at_test}"
             path.mkdir(parents=True)
@@ -174,6 +176,8 @@ def write_records(folder, seeds=(0, 1, 2)):
 def test_claims_follow_the_numbers(tmp_path):
     results = Results(write_records(tmp_path))
     assert results.main_length == 30 and results.lengths == list(LENGTHS)
+    looks = results.looks(0, ("standard", False))
+    assert looks == pytest.approx({n: 0.8 - n / 100 for n in LENGTHS})
     made = {made["claim"]: made for made in claims(results, toy=True)}
     wanted = {
         "standard training does lengths of training (6): 99 %": False,  # 600 of 600 leave room for 0.6 %, and seeds
@@ -206,7 +210,7 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
     assert found["metrics"]["errors"]["standard"]["36"]["wrong next"] == 1.0
     assert found["cost"]["peak_memory_bytes"]["softmax"] == 7_000_000
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
-    assert figures == {"accuracy_by_length.png", "errors.png", "loss_seed_0.png"}
+    assert figures == {"accuracy.png", "attention.png", "errors.png", "loss_seed_0.png"}
     for text in ("seeds at 30", "under 90 %", "supported", "In training up to 6 items"):
         assert text in output
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
@@ -215,7 +219,7 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
 
 def test_figures_refuse_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no curves"):
-        accuracy_by_length({}, 6, tmp_path / "a.png", title="t")
+        lines_by_length({}, 6, tmp_path / "a.png", title="t", label="l")
     with pytest.raises(ValueError, match="no arms"):
         error_kinds({}, tmp_path / "b.png", title="t")
     assert not list(tmp_path.iterdir())

@@ -15,8 +15,8 @@ from ..figures import COLOURS, GRID, save, style
 AT_TEST = ", softmax at test"  # how labels of models end that have it for the test only
 
 
-def accuracy_by_length(
-    curves: Mapping[str, Sequence[Mapping[int, float]]], longest: int, path: Path, *, title: str
+def by_length(
+    curves: Mapping[str, Sequence[Mapping[int, float]]], longest: int, path: Path, *, title: str, label: str
 ) -> None:
     """A line an arm, the mean over seeds, in a band from the lowest to the highest seed; `curves[arm][seed][length]`.
 
@@ -40,7 +40,7 @@ def accuracy_by_length(
     axes.annotate("in training", (longest, 2), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
     style(axes, title)
     axes.grid(color=GRID, linewidth=0.7)
-    axes.set(xlabel="items", ylabel="right throughout (%)", ylim=(-2, 102), xlim=(0, None))
+    axes.set(xlabel="items", ylabel=label, ylim=(-2, 102), xlim=(0, None))
     figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
     save(figure, path)
 

@@ -11,7 +11,7 @@ from ..figures import loss_curves
 from ..report import RunFolder, results_table, wide_console
 from ..results import Records, sample_lines, screen_rows, show_verdicts, table
 from ..results import read_records as read_all
-from .figures import accuracy_by_length, error_kinds
+from .figures import by_length, error_kinds
 from .summary import STANDARD, Results, bounded, claims
 
 
@@ -51,7 +51,11 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     run.samples(sample_lines(records))
     curves = {results.label(arm): [results.curve(seed, arm) for seed in results.seeds] for arm in results.arms}
     title = "Right throughout, mean and range over seeds" if len(results.seeds) > 1 else "Right throughout"
-    accuracy_by_length(curves, results.longest, run.figure("accuracy_by_length"), title=title)
+    by_length(curves, results.longest, run.figure("accuracy"), title=title, label="right throughout (%)")
+    looks = {results.label(arm): [results.looks(seed, arm) for seed in results.seeds] for arm in results.arms}
+    if all(found for seeds in looks.values() for found in seeds):
+        title = "Attention on the numbers that may come next, of the head with most of it"
+        by_length(looks, results.longest, run.figure("attention"), title=title, label="attention mass (%)")
     kinds = {results.label(arm): {n: results.errors(arm, n) for n in results.lengths} for arm in results.arms}
     error_kinds(kinds, run.figure("errors"), title="Kind of the first error")
     _draw_losses(run, results)

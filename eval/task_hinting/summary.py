@@ -37,6 +37,16 @@ class Results(shared.Results):
         """Length -> share of rows that are right throughout."""
         return {n: float(self.questions(seed, arm, f"test_{n}", "em")[0].mean()) for n in self.lengths}
 
+    def looks(self, seed: int, arm: Arm) -> dict[int, float]:
+        """Length -> attention mass on what may come next (copies of the last number, its successor), of the head that
+        has most of it at the shortest length; empty where nothing was looked at."""
+        masses = {int(n): found for n, found in self.draws(seed, arm)[0].get("attention", {}).items()}
+        next_ones = {n: np.add(found["identity"], found["successor"]) for n, found in sorted(masses.items())}
+        if not next_ones:
+            return {}
+        head = np.unravel_index(next_ones[min(next_ones)].argmax(), next_ones[min(next_ones)].shape)
+        return {n: float(mass[head]) for n, mass in next_ones.items()}
+
     def errors(self, arm: Arm, length: int) -> dict[str, float]:
         """Kind of the first error -> share of the rows of all seeds."""
         found = [error_shares(self.draws(seed, arm)[0]["splits"][f"test_{length}"]) for seed in self.seeds]
