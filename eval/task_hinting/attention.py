@@ -50,13 +50,18 @@ def attention_masses(
     return {kind: (np.asarray(total) / count).tolist() for kind, total in sums.items()}
 
 
+def asking(ids: Tensor, targets: Tensor, questions: Tensor) -> tuple[Tensor, Tensor]:
+    """The places [rows, width] where a number is said after a number of the answer, and each place's next token."""
+    following = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], dim=1)
+    says = torch.cat([targets[:, 1:], torch.zeros_like(targets[:, :1])], dim=1)
+    return says & (following != EOS) & (torch.arange(ids.shape[1]) > questions[:, None]), following
+
+
 def _kinds(ids: Tensor, targets: Tensor, questions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Which queries [rows, width] count, and of each kind which keys it takes [rows, queries, keys]."""
     width = ids.shape[1]
     place = torch.arange(width)
-    following = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], dim=1)
-    says = torch.cat([targets[:, 1:], torch.zeros_like(targets[:, :1])], dim=1)
-    asks = says & (following != EOS) & (place > questions[:, None])  # behind the mark: the token itself is a number
+    asks, following = asking(ids, targets, questions)
     x, successor, key = ids[:, :, None], following[:, :, None], ids[:, None, :]
     inside = (place < questions[:, None])[:, None, :]
     masks = {
