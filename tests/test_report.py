@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_a_finished_run(tmp_path):
     assert set(results["metrics"]) == {"before", "after"}  # merged
     assert results["trainable_parameters"] == 40 and results["cost"] == {"seconds": 1.5}
     environment = results["environment"]
-    assert environment["versions"]["torch"] == torch.__version__ and environment["world_size"] == 1
+    assert environment["versions"]["torch"] == metadata.version("torch") and environment["world_size"] == 1
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert samples == [{"id": "1", "text": "/not/a/path\næ"}, {"id": "2", "score": 0.5}]
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "results.json", "samples.jsonl"]
