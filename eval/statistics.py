@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,13 @@ class Metric(TypedDict):
     low: float | None
     high: float | None
     n: int
+
+
+class Evaluation(TypedDict):
+    """What scorers return: metrics by name, and one sample a row, in the rows' order."""
+
+    metrics: dict[str, Metric]
+    samples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,14 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM, common_prefix, encode
 from ..generation import continuation
 from ..likelihood import TokenScores, perplexity, score_tokens, text_nats
-from ..statistics import Metric, metric
+from ..statistics import Evaluation, Metric, metric
 
 Row = Mapping[str, Any]
-
-
-class Evaluation(TypedDict):
-    metrics: dict[str, Metric]
-    samples: list[dict[str, Any]]
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,14 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM, choice_logprobs
 from ..generation import generate
 from ..likelihood import perplexity, text_nats
-from ..statistics import Metric, metric
+from ..statistics import Evaluation, Metric, metric
 
 Row = Mapping[str, Any]
-
-
-class Evaluation(TypedDict):
-    metrics: dict[str, Metric]
-    samples: list[dict[str, Any]]
 
 
 def evaluate(

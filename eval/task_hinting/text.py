@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, encode
 from ..generation import generate
-from ..statistics import Metric, metric
+from ..statistics import Evaluation, metric
 from .scores import Sample
 
 Row = Mapping[str, Any]
 COLUMNS = ("task", "items", "prompt", "completion")
 NUMBERS, WORDS = re.compile(r"( ?\d+)+"), re.compile(r"( ?[A-Za-z]+)+")
-
-
-class Evaluation(TypedDict):
-    metrics: dict[str, Metric]
-    samples: list[Sample]
 
 
 def evaluate(

@@ -87,13 +87,15 @@ def use_length_softmax(model: PreTrainedModel, settings: LengthSoftmax | None) -
             delattr(config, NAME)
         model.set_attn_implementation("sdpa")
         return
-    setattr(config, NAME, asdict(settings))
+    before = config._attn_implementation
     model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
+        model.set_attn_implementation(before)
         raise ValueError(
             f"{type(model).__name__} does not take its attention from transformers' interface, so its softmax cannot "
             "be changed from outside"
         )
+    setattr(config, NAME, asdict(settings))
     if settings.rule != "log":
         start = -2.0 if settings.rule == "learn" else 1 / math.log(settings.n0)
         device = next(model.parameters()).device
