@@ -59,7 +59,7 @@ SKILLS = {
     "shot_coefficient_rate": 0.05, "shot_weight_decay": 0.5, "lora_learning_rate": 1e-3,
     "forget": ["max", "dup", "cnt"], "negation_learning_rate": 0.1, "negation_cap": 3.0, "negation_retain": 10.0,
     "negation_steps": 40, "max_length": 32, "train_eos": False, "save_strategy": "no", "logging_steps": 10,
-    "eval_batch_size": 512}  # fmt: skip
+    "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (True, "default"): SKILLS | {"seeds": [0, 1, 2]},
     (True, "smoke"): SKILLS | {
@@ -208,9 +208,11 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     def score(model: Any, rows: Any) -> tuple[float, float]:
         return encoded(rows).means(model, **scoring)
 
-    def rows_of(arm: Arm) -> Any:
-        tasks = {arm.task} if arm.task is not None and arm.section != "negation" else set(known)
-        return data["test"].filter(lambda task: task in tasks, input_columns="task")
+    @cache
+    def test(*tasks: str) -> Completions:
+        return Completions(tokenizer, data["test"].filter(lambda task: task in tasks, input_columns="task").to_list())
+
+    control = data["control"].to_list()
 
     tuning = MultiTaskConfig(
         training.output_dir, max_steps=training.max_steps, num_train_epochs=training.num_train_epochs, seed=seed,
@@ -225,9 +227,10 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     for section in settings.arms.sections:
         forgetting = replace(bench, base=competent, vectors=to_forget, lora_vectors={})
         for arm in SECTIONS[section](forgetting if section == "negation" else bench):
-            splits = {"test": evaluate(arm.model, tokenizer, rows_of(arm).to_list(), **scoring)["samples"]}
+            tasks = known if arm.task is None or section == "negation" else [arm.task]
+            splits = {"test": test(*tasks).samples(arm.model, **scoring)}
             if section not in ("data", "budget") and arm.name != "tuned":
-                splits["control"] = evaluate(arm.model, tokenizer, data["control"], **scoring)["samples"]
+                splits["control"] = evaluate(arm.model, tokenizer, control, **scoring)["samples"]
             facts = {"peak_memory_bytes": peak_memory(), "splits": splits}
             if arm.key == arm_key("addition", "atlas") and 1 < len(known) and set(known) <= set(vectors):
                 matrix = entangled(arm, known, data["dev"], tokenizer, scoring)
