@@ -140,6 +140,8 @@ def text_columns(rows: Dataset) -> Dataset:
 def _run(trainer: Trainer, out_dir: Path, trained: int, save: bool = True) -> Fit:
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    if isinstance(trainer.train_dataset, Dataset) and not trainer.train_dataset.cache_files:
+        trainer.train_dataset = trainer.train_dataset.to_list()  # in memory anyway; read from arrow a step costs 5 % more
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     fit = Fit(trainer.state.log_history, time.perf_counter() - start, trained)
