@@ -54,7 +54,7 @@ from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 SKILLS = {
     "sections": ["addition", "data", "fewshot", "negation"], "exclude": [], "max_steps": 100,
     "per_device_train_batch_size": 128, "learning_rate": 0.2, "weight_decay": 0.01,
-    "isotropic_learning_rate": 0.1, "adamerging_learning_rate": 1e-2, "joint_learning_rate": 1e-3, "other_steps": 60,
+    "isotropic_learning_rate": 0.1, "adamerging_learning_rate": 1e-2, "joint_learning_rate": 1e-3, "other_steps": 50,
     "search_budget": 40, "data_steps": 40, "shot_steps": 40, "shot_learning_rate": 2e-4,
     "shot_coefficient_rate": 0.05, "shot_weight_decay": 0.5, "lora_learning_rate": 1e-3,
     "forget": ["max", "dup", "cnt"], "negation_learning_rate": 0.1, "negation_cap": 3.0, "negation_retain": 10.0,

@@ -4,12 +4,14 @@
     accelerate launch recipes/task_hinting.py --preset smoke            # the same in miniature, within a minute
     accelerate launch recipes/task_hinting.py --preset paper --dry_run  # the paper's size: what it would cost
     accelerate launch recipes/task_hinting.py --main increment --hints carry digit --control_hint copy
+    accelerate launch recipes/task_hinting.py --config recipes/configs/task_hinting/qwen3_06b_addition.yaml
 
-Trains models from scratch on short inputs, plainly and with each of --hints beside the main task, with a control hint,
-with a softmax that grows sharper with the length, and with both; as many main rows, and as many rows in all, are
-separate arms (--arms). Tests them on longer inputs and prints one table with every seed, intervals, and the claims
-that hold or do not. Every flag of TRL's trainer works, --config FILE.yaml holds the same flags, --dry_run shows rows
-and cost.
+Trains models on short inputs, plainly and with each of --hints beside the main task, with a control hint, with a
+softmax that grows sharper with the length, and with both; as many main rows, and as many rows in all, are separate
+arms (--arms). Models are made from scratch, on rows of tokens; --model_name_or_path trains a pretrained one (all
+weights, or LoRA with --use_peft) on the same tasks as text, and measures it untouched as well. Tests them on longer
+inputs and prints one table with every seed, intervals, and the claims that hold or do not. Every flag of TRL's trainer
+works, --config FILE.yaml holds the same flags, --dry_run shows rows and cost.
 """
 
 from __future__ import annotations
@@ -17,31 +19,35 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from trl import ModelConfig, get_peft_config
+
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
 from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders import task_hinting as hinting_data
+from steerbook.data_builders.splits import text_rows
 from steerbook.data_builders.task_hinting import HintingDataArguments
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
-from steerbook.eval.task_hinting import teacher_forced
-from steerbook.eval.task_hinting.attention import attention_masses
 from steerbook.eval.task_hinting.figures import AT_TEST
+from steerbook.eval.task_hinting.measure import measure_texts, measure_tokens
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.files import write_json
+from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
-from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, fit
+from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, fit
 from steerbook.trainers.task_hinting.arrays import TorchArrays
 from steerbook.trainers.task_hinting.schedules import parse_weights
-from steerbook.trainers.task_hinting.softmax import items
+from steerbook.trainers.task_hinting.softmax import LengthSoftmax, items
+from steerbook.trainers.task_hinting.text_stream import TextStream
 from steerbook.trainers.task_hinting.trainer import HintingConfig, HintingTrainer
+from steerbook.trainers.training import bare
 
 COMMON = {  # spec 3.1
     "learning_rate": 3e-3,
@@ -64,6 +70,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "heads": 4, "intermediate_size": 1024, "max_steps": 100_000, "warmup_steps": 2000, "learning_rate": 3e-4,
         "save_strategy": "steps", "save_steps": 10_000, "save_total_limit": 1, "logging_steps": 500},
 }  # fmt: skip
+PRETRAINED: dict[str, dict[str, Any]] = {  # spec 2.6
+    "default": {
+        "seeds": [0, 1, 2], "arms": ["untouched", "standard", "standard_total", "hint", "control"], "queries": 1,
+        "softmax_count": "keys", "max_steps": 2000, "warmup_steps": 100, "learning_rate": 1e-5, "weight_decay": 0.0,
+        "lr_scheduler_type": "cosine", "test_rows": 200, "save_strategy": "steps", "save_steps": 500,
+        "save_total_limit": 1, "logging_steps": 50}}  # fmt: skip
+PRETRAINED["smoke"] = PRETRAINED["default"] | {
+    "seeds": [0], "arms": ["untouched", "standard", "hint"], "max_steps": 2, "warmup_steps": 0, "main_rows": 8,
+    "hint_rows": 4, "test_lengths": [6, 12], "test_rows": 8, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
 PRELOAD = ["steerbook.trainers.task_hinting.arms", "steerbook.eval.task_hinting.report"]
 
 
@@ -84,17 +99,37 @@ class Settings(NamedTuple):
     data: HintingDataArguments
     scratch: ScratchConfig
     training: HintingConfig
+    model: ModelConfig
+
+    @property
+    def pretrained(self) -> bool:
+        return self.model.model_name_or_path is not None
+
+    @property
+    def planned(self) -> list[Arm]:
+        return self.arms.planned(self.data.hints, self.pretrained)
 
 
 def parse(argv: list[str]) -> Settings:
     """Defaults, then the preset, then --config, then the command line."""
-    recipe, *_ = RecipeParser(HintingArguments, add_help=False).parse_args_and_config(
-        argv, return_remaining_strings=True
+    first = RecipeParser((HintingArguments, ModelConfig), add_help=False)
+    recipe, model, *_ = first.parse_args_and_config(argv, return_remaining_strings=True)
+    if model.model_name_or_path is not None and recipe.preset == "paper":
+        raise ValueError("--preset paper trains models from scratch: drop it, or --model_name_or_path")
+    parser = RecipeParser(
+        (HintingArguments, ArmArguments, HintingDataArguments, ScratchConfig, HintingConfig, ModelConfig)
     )
-    parser = RecipeParser((HintingArguments, ArmArguments, HintingDataArguments, ScratchConfig, HintingConfig))
     name = "task_hinting" + ("" if recipe.preset == "default" else f"-{recipe.preset}")
-    parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[recipe.preset])
-    return Settings(*parser.parse_args_and_config(argv))
+    presets = PRESETS if model.model_name_or_path is None else PRETRAINED
+    parser.set_defaults_with_config(output_dir=f"runs/{name}", **presets[recipe.preset])
+    settings = Settings(*parser.parse_args_and_config(argv))
+    check_unused(settings.training)
+    unused, why = (settings.scratch, "is for models from scratch") if settings.pretrained else (
+        settings.model, "is for a pretrained model: name it with --model_name_or_path")  # fmt: skip
+    for name, value in vars(unused).items():
+        if value != getattr(type(unused)(), name):
+            raise ValueError(f"--{name} {why}")
+    return settings
 
 
 def arrays_on(device: Any) -> Callable[[Sequence[int]], Any] | None:
@@ -104,6 +139,8 @@ def arrays_on(device: Any) -> Callable[[Sequence[int]], Any] | None:
 
 def label(settings: Settings, arm: Arm) -> str:
     """The arm's name in the table, with the rows that a step has of the main task and of hints."""
+    if arm.key == "untouched":
+        return arm.key
     data = settings.data
     rows = str(data.main_rows + data.hint_rows * arm.extra) + "".join(f" + {data.hint_rows}" for _ in arm.hints)
     tasks = hinting_data.tasks(data, arm.hints)
@@ -113,125 +150,172 @@ def label(settings: Settings, arm: Arm) -> str:
     return " + ".join(words or ["standard"]) + f", {rows} rows"
 
 
-def first(rows: Any, count: int = 100) -> Any:
-    """The first of the test rows: enough to see what attention does."""
-    return type(rows)(*(part[:count] for part in rows))
+class Scratch:
+    """Models from scratch on rows of tokens."""
+
+    def __init__(self, settings: Settings, data: HintingDataArguments) -> None:
+        self.settings, self.data = settings, data
+        self.tests = hinting_data.test_sets(data)
+        self.vocabulary = hinting_data.make_family(data).vocabulary
+        self.size = settings.recipe.eval_batch_size
+
+    def model(self, seed: int) -> tuple[Any, Any]:
+        """The same seed: the same initial weights in every arm."""
+        widest = max(rows.ids.shape[1] for rows in self.tests.values())
+        model = scratch_model(len(self.vocabulary), self.settings.scratch, seed, widest)
+        return model, named_tokenizer(self.vocabulary)
+
+    def stream(self, arm: Arm, tokenizer: Any) -> Any:
+        arrays = arrays_on(self.settings.training.device)
+        return hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra, arrays)
+
+    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        return measure_tokens(model, self.tests, self.size, sorts=self.data.main == "sort", telling=items)
+
+
+class Pretrained:
+    """A pretrained model on the same tasks as text."""
+
+    def __init__(self, settings: Settings, data: HintingDataArguments) -> None:
+        self.settings, self.data = settings, data
+        self.tests = hinting_data.text_tests(data)
+        self.unrelated = text_rows(data.collateral_file)
+
+    def model(self, seed: int) -> tuple[Any, Any]:
+        """ValueError for one with fewer positions than the longest test needs."""
+        model, tokenizer = load_base(self.settings.model, device=self.settings.training.device)
+        texts = [row["prompt"] + row["completion"] for rows in self.tests.values() for row in rows]
+        longest = 1 + max(map(len, tokenizer(texts)["input_ids"]))
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise ValueError(f"the longest test row has {longest} tokens, and the model takes {limit}: shorten "
+                             "--test_lengths")  # fmt: skip
+        return model, tokenizer
+
+    def stream(self, arm: Arm, tokenizer: Any) -> Any:
+        return TextStream(hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra), tokenizer)
+
+    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        size = self.settings.recipe.eval_batch_size
+        return measure_texts(model, tokenizer, self.tests, self.unrelated, size, progress=True)
+
+
+def side_of(settings: Settings, **changes: Any) -> Scratch | Pretrained:
+    """What differs between the two kinds of models, with some of the data's arguments changed."""
+    return (Pretrained if settings.pretrained else Scratch)(settings, replace(settings.data, **changes))
 
 
 def run_seed(argv: list[str], seed: int, report: Any) -> None:
     """Everything for one seed: each arm's model, and what it scores, written to its folder as soon as it is there."""
     settings = parse(argv)
-    training, recipe = settings.training, settings.recipe
-    quiet_libraries()  # one bar stands for all arms and seeds
-    training.disable_tqdm = True
-    data = replace(settings.data, rows_seed=seed)
+    training, longest = settings.training, settings.data.longest
+    if not settings.pretrained:  # one bar stands for all arms and seeds
+        quiet_libraries()
+        training.disable_tqdm = True
+    side = side_of(settings, rows_seed=seed)
     folder = Path(training.output_dir) / f"seed_{seed}"
-    vocabulary = hinting_data.make_family(data).vocabulary
-    tests = hinting_data.test_sets(data)
-    longest_test_row = max(rows.ids.shape[1] for rows in tests.values())
     done = {file.parent.name for file in folder.glob("*/measured.json")}
-    planned = settings.arms.planned(data.hints)
-    for order, arm in enumerate(planned):
+
+    def record(arm: Arm, fitted: Fit, tokenizer: Any, at_test: LengthSoftmax | None = None) -> None:
+        facts = {
+            "name": arm.key, "at_test": at_test is not None, "longest": longest, "trained": fitted.trained,
+            "order": [settings.planned.index(arm), at_test is not None],
+            "label": label(settings, arm) + (AT_TEST if at_test else ""),
+            "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
+            **side.measure(fitted.model, tokenizer), "peak_memory_bytes": peak_memory(),
+        }  # fmt: skip
+        key = f"{arm.key}_at_test" if at_test else arm.key
+        (folder / key).mkdir(parents=True, exist_ok=True)
+        write_json(folder / key / "measured.json", facts)
+
+    for arm in settings.planned:
         if arm.key in done:
             report(f"{arm.key} (measured before)")
             continue
-        stream = hinting_data.make_stream(data, arm.hints, data.hint_rows * arm.extra, arrays_on(training.device))
+        model, tokenizer = side.model(seed)
+        if arm.key == "untouched":
+            record(arm, Fit(model, [], 0.0, 0), tokenizer)
+            report(arm.key)
+            continue
+        stream = side.stream(arm, tokenizer)
         row = stream.step(0).ids.shape[1]
-        softmax = settings.arms.softmax(data.longest, row) if arm.softmax else None
-        fitted = fit(
-            stream, vocabulary, settings.scratch, training, folder / arm.key, seed=seed,
-            longest_row=longest_test_row, softmax=softmax,
-        )  # fmt: skip
-        for at_test in (False, True) if settings.arms.softmax_at_test and softmax is None else (False,):
-            switched = (
-                length_softmax(fitted.model, settings.arms.softmax(data.longest, row, at_test=True))
-                if at_test
-                else nullcontext()
-            )
-            with switched:
-                splits = {
-                    f"test_{n}": teacher_forced(fitted.model, rows, recipe.eval_batch_size, items)
-                    for n, rows in tests.items()
-                }
-                looks = {n: attention_masses(fitted.model, first(rows), telling=items) for n, rows in tests.items()
-                         if data.main == "sort" and n > 1}  # fmt: skip
-            key = f"{arm.key}_at_test" if at_test else arm.key
-            facts = {
-                "name": arm.key, "at_test": at_test, "order": [order, at_test], "longest": data.longest,
-                "label": label(settings, arm) + (AT_TEST if at_test else ""), "trained": fitted.trained,
-                "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
-                "peak_memory_bytes": peak_memory(), "splits": splits, "attention": looks,
-            }  # fmt: skip
-            (folder / key).mkdir(parents=True, exist_ok=True)
-            write_json(folder / key / "measured.json", facts)
+        softmax = settings.arms.softmax(longest, row) if arm.softmax else None
+        adapter = get_peft_config(settings.model)
+        fitted = fit(model, tokenizer, stream, training, folder / arm.key, seed=seed, softmax=softmax,
+                     peft_config=adapter)  # fmt: skip
+        if settings.arms.softmax_at_test and not arm.softmax:
+            at_test = settings.arms.softmax(longest, row, at_test=True)
+            with length_softmax(bare(fitted.model), at_test):
+                record(arm, fitted, tokenizer, at_test)
+        record(arm, fitted, tokenizer)  # last: from then on the arm is done
         report(arm.key)
 
 
-def check(settings: Settings) -> dict[int, Any]:
-    """Before any time is spent: ValueError for what cannot be trained or tested. The first seed's test sets."""
+def check(settings: Settings) -> None:
+    """Before any time is spent: ValueError for what cannot be trained or tested."""
     data, training = settings.data, settings.training
-    arms = settings.arms.planned(data.hints)
-    used = dict.fromkeys(hint for arm in arms for hint in arm.hints)
-    tests = hinting_data.test_sets(replace(data, hints=list(used), rows_seed=settings.recipe.seeds[0]))
+    used = dict.fromkeys(hint for arm in settings.planned for hint in arm.hints)
+    side = side_of(settings, hints=list(used), rows_seed=settings.recipe.seeds[0])
     parse_weights(training.weights, [data.main, *used])
     cut = training.gradient_accumulation_steps * training.world_size
-    for arm in arms:
+    for arm in settings.planned:
         rows = sum(task.rows for task in hinting_data.tasks(data, arm.hints, data.hint_rows * arm.extra))
-        if rows % cut:
+        if rows % cut and arm.key != "untouched":
             raise ValueError(
                 f"{arm.key} has {rows} rows a step, which --gradient_accumulation_steps "
                 f"{training.gradient_accumulation_steps} x {training.world_size} processes do not divide"
             )
-    scratch_model(2, settings.scratch, 0, max(rows.ids.shape[1] for rows in tests.values()))
-    return tests
+    if settings.pretrained:
+        settings.arms.check_pretrained(data.hints, data.queries, settings.model)
+    else:
+        side.model(0)
 
 
 def dry_run(settings: Settings) -> None:
     """Rows with their loss tokens, parameters, memory, and how much training the whole run is."""
     quiet_libraries()
-    data, training, arms = settings.data, settings.training, settings.arms.planned(settings.data.hints)
-    vocabulary = hinting_data.make_family(data).vocabulary
-    widest = max(rows.ids.shape[1] for rows in hinting_data.test_sets(replace(data, test_rows=1)).values())
-    shown = next((arm for arm in arms if arm.hints), arms[0])
-    stream = hinting_data.make_stream(data, shown.hints, data.hint_rows * shown.extra)
+    training, arms = settings.training, [arm for arm in settings.planned if arm.key != "untouched"]
+    side = side_of(settings, test_rows=1)
+    model, tokenizer = side.model(0)
+    stream = side.stream(next((arm for arm in arms if arm.hints), arms[0]), tokenizer)
     training.per_device_train_batch_size = stream.rows // (training.gradient_accumulation_steps * training.world_size)
     with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
-        model = scratch_model(len(vocabulary), settings.scratch, 0, widest)
-        tokenizer = named_tokenizer(vocabulary)
-        trainer = HintingTrainer(model, training, stream=stream, processing_class=tokenizer)
-        show_dry_run(trainer, tokenizer, between=" ")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+        adapter = get_peft_config(settings.model)
+        trainer = HintingTrainer(model, training, stream=stream, processing_class=tokenizer, peft_config=adapter)
+        show_dry_run(trainer, tokenizer, between="" if settings.pretrained else " ")
+    parameters, each = model.num_parameters(), 6 if adapter is None else 4  # no gradients of weights that stay
     total = 0
     print(f"{'arm':<60}{'rows a step':>12}{'tokens a step':>15}{'TFLOP':>10}")
     for arm in arms:
-        step = hinting_data.make_stream(data, arm.hints, data.hint_rows * arm.extra).step(0)
-        flop = 6 * parameters * step.ids.size * training.max_steps
+        rows, width = side.stream(arm, tokenizer).step(0).ids.shape
+        flop = each * parameters * rows * width * training.max_steps
         total += flop * len(settings.recipe.seeds)
-        print(f"{label(settings, arm):<60}{len(step.ids):>12,}{step.ids.size:>15,}{flop / 1e12:>10,.1f}")
+        print(f"{label(settings, arm):<60}{rows:>12,}{rows * width:>15,}{flop / 1e12:>10,.1f}")
     print(f"{len(arms)} models x {len(settings.recipe.seeds)} seeds, {training.max_steps:,} steps each: "
-          f"{total / 1e12:,.1f} TFLOP of training (6 per parameter and token, attention not counted)")  # fmt: skip
+          f"{total / 1e12:,.1f} TFLOP ({each} per parameter and token, attention not counted)")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     with clear_errors(ValueError, OSError):
         settings = parse(argv)
-        training, seeds = settings.training, settings.recipe.seeds
-        check_unused(training)
-        tests = check(settings)
+        training, seeds, toy = settings.training, settings.recipe.seeds, not settings.pretrained
+        check(settings)
         if settings.recipe.dry_run:
             return dry_run(settings)
         flags, defaults = flags_and_defaults(settings)
-        run = RunFolder(training.output_dir, recipe="task_hinting", toy=True, arguments=flags, defaults=defaults)
+        run = RunFolder(training.output_dir, recipe="task_hinting", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
-            print("A toy: small models, trained here from scratch. It shows nothing about large models.")
-            run.data("made anew from the seeds", {f"test_{n}": len(rows.ids) for n, rows in tests.items()})
-            count = len(settings.arms.planned(settings.data.hints))
-            parallel = training.device.type == "cpu" and training.world_size == 1
-            run_seeds(run_seed, argv, seeds, count, PRELOAD, parallel=parallel)
-            base = {"name": "from scratch"}
+            if toy:
+                print("A toy: small models, trained here from scratch. It shows nothing about large models.")
+            counts = {f"test_{n}": settings.data.test_rows for n in settings.data.test_lengths}
+            run.data("made anew from the seeds", counts)
+            parallel = toy and training.device.type == "cpu" and training.world_size == 1
+            run_seeds(run_seed, argv, seeds, len(settings.planned), PRELOAD, parallel=parallel)
+            base = {"name": "from scratch"} if toy else {
+                "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip
             write_report(run, read_records(run.path, seeds), base)
     show(run)
 

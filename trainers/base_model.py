@@ -14,7 +14,10 @@ from trl import ModelConfig, get_quantization_config
 
 
 def load_base(
-    config: ModelConfig, tiny: Callable[[], Path], keep_in: Path | None = None, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    tiny: Callable[[], Path] | None = None,
+    keep_in: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in eval mode, on `device`) and tokenizer; a tokenizer without a padding token pads with EOS.
 
@@ -28,6 +31,7 @@ def load_base(
     """
     name = config.model_name_or_path
     if name is None:
+        assert tiny is not None, "either a name or a tiny model"
         folder = tiny()
         if keep_in is not None:
             shutil.copytree(folder, keep_in / "base_model", dirs_exist_ok=True)

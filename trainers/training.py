@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_bf16_available
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -52,6 +53,11 @@ class HouseArguments:
             if getattr(self, "activation_checkpointing") is None:  # noqa: B009
                 self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]
+
+
+def bare(model: Any) -> Any:
+    """The model inside a `PeftModel`, or the model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

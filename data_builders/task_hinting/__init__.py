@@ -65,6 +65,12 @@ class HintingDataArguments:
     train_rows: int | None = field(
         default=None, metadata={"help": "Train on so many different rows (default: on ever new ones)."}
     )
+    collateral_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained models: unrelated texts (a `text` column, or .txt paragraphs). Unset: built-in."
+        },
+    )
     rows_seed: int = field(default=42, metadata={"help": "Seed of all rows."})
 
     def __post_init__(self) -> None:
@@ -183,14 +189,20 @@ def build(args: HintingDataArguments) -> DatasetDict:
             train.append(_text_row(world, args, names[place], ids, targets, length, f"train-{len(train)}"))
         number += 1
     Random(args.rows_seed).shuffle(train)
-    splits = {"train": Dataset.from_list(train[:count])}
-    for length, found in test_sets(args).items():
-        made = [
+    tests = {f"test_{length}": Dataset.from_list(found) for length, found in text_tests(args).items()}
+    return DatasetDict({"train": Dataset.from_list(train[:count]), **tests})
+
+
+def text_tests(args: HintingDataArguments) -> dict[int, list[dict[str, Any]]]:
+    """Length -> test rows of the main task as text: the questions of `test_sets`."""
+    world = make_family(args)
+    return {
+        length: [
             _text_row(world, args, args.main, ids, targets, length, f"test_{length}-{place}")
-            for place, (ids, targets) in enumerate(zip(found.ids.tolist(), found.targets.tolist(), strict=True))
+            for place, (ids, targets) in enumerate(zip(rows.ids.tolist(), rows.targets.tolist(), strict=True))
         ]
-        splits[f"test_{length}"] = Dataset.from_list(made)
-    return DatasetDict(splits)
+        for length, rows in test_sets(args).items()
+    }
 
 
 def _text_row(

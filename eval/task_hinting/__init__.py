@@ -5,6 +5,16 @@ at (`attention`), and the report (`summary`, `report`, `figures`).
 """
 
 from .scores import area, by_length, error_kind, error_shares, falls_under, generated, teacher_forced
-from .text import evaluate
+from .text import collateral, evaluate
 
-__all__ = ["area", "by_length", "error_kind", "error_shares", "evaluate", "falls_under", "generated", "teacher_forced"]
+__all__ = [
+    "area",
+    "by_length",
+    "collateral",
+    "error_kind",
+    "error_shares",
+    "evaluate",
+    "falls_under",
+    "generated",
+    "teacher_forced",
+]

@@ -55,11 +55,11 @@ def error_kinds(shares: Mapping[str, Mapping[int, Mapping[str, float]]], path: P
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes in panels.flat[len(shares) :]:
         axes.set_visible(False)
+    each = [kind for found in shares.values() for at in found.values() for kind, share in at.items() if share]
+    kinds = [kind for kind in next(iter(next(iter(shares.values())).values())) if kind in each]
     handles: list[Rectangle] = []
-    kinds: list[str] = []
     for axes, (name, found) in zip(panels.flat, shares.items(), strict=False):
         lengths = sorted(found)
-        kinds = list(found[lengths[0]])
         floor = np.zeros(len(lengths))
         handles = []
         for number, kind in enumerate(kinds):

@@ -12,7 +12,7 @@ from ..report import RunFolder, results_table, wide_console
 from ..results import Records, sample_lines, screen_rows, show_verdicts, table
 from ..results import read_records as read_all
 from .figures import by_length, error_kinds
-from .summary import STANDARD, Results, bounded, claims
+from .summary import COLLATERAL, STANDARD, Results, bounded, claims
 
 
 def read_records(folder: Path, seeds: Sequence[int]) -> Records:
@@ -25,7 +25,8 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     results = Results(records)
     shown = results.columns()
     rows = table(results, shown)
-    arms = {row["method"]: {f"em/{c.title}": row[c.title] for c in shown if c.title in row} for row in rows}
+    names = {column.title: column.title if column is COLLATERAL else f"em/{column.title}" for column in shown}
+    arms = {row["method"]: {name: row[title] for title, name in names.items() if title in row} for row in rows}
     standard = results.label(STANDARD) if STANDARD in results.arms else next(iter(arms))
     run.update(
         metrics={
@@ -35,10 +36,11 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "errors": {
                 results.label(arm): {str(n): results.errors(arm, n) for n in results.lengths} for arm in results.arms
             },
+            **({"prompt_tokens": {str(n): tokens[n] for n in tokens}} if (tokens := results.prompt_tokens()) else {}),
             "paired": results.paired(STANDARD, [arm for arm in results.arms if arm != STANDARD], shown[0]),
         },
         claims=claims(results, bool(run.results["toy"])),
-        trainable_parameters=rows[0]["parameters"],
+        trainable_parameters=max(row["parameters"] for row in rows),
         cost={
             "seconds": {row["method"]: round(row["seconds"], 2) for row in rows if row["seconds"]},
             "tokens_per_second": {
@@ -79,7 +81,7 @@ def show(run: RunFolder) -> None:
                 "-" if n is None else str(n) for n in found[f"under_{level}"]
             )
         line[every] = line.pop("each seed", "")
-    ordered = sorted((column.title for column in shown), key=int)
+    ordered = [str(n) for n in results.lengths] + [COLLATERAL.title] * (COLLATERAL in shown)
     titles = ["method", "seconds", "MB", *ordered, *([every] if len(results.seeds) > 1 else []), *extra]
     note = "" if len(results.seeds) > 1 else ", over questions (one seed)"
     results_table(
@@ -89,6 +91,8 @@ def show(run: RunFolder) -> None:
     console.print(
         f"In training up to {results.longest} items. 'under': the first length tested where a seed is below."
     )
+    if tokens := results.prompt_tokens():
+        console.print("Prompts in tokens: " + ", ".join(f"{n} items {tokens[n]:.0f}" for n in results.lengths))
     show_verdicts(console, run.results, "standard")
     console.print(f"Results, figures, samples and models: {run.path}")
 

@@ -8,7 +8,7 @@ true ones before it: one forward pass over the whole row stands for as many as i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 from zlib import crc32
@@ -22,7 +22,7 @@ from ..choices import CausalLM, evaluating, model_device
 from ..statistics import Metric, metric
 
 EOS = 1
-ERRORS = ("first token", "stopped repeating", "repeated too long", "wrong next", "end")
+ERRORS = ("first token", "stopped repeating", "repeated too long", "wrong next", "end", "format")  # the last: of texts
 Sample = dict[str, Any]
 Telling = Callable[[Tensor], AbstractContextManager[None]]  # tells the model the items of a batch's problems
 
@@ -60,8 +60,9 @@ def teacher_forced(model: CausalLM, rows: Rows, batch_size: int = 256, telling: 
     return samples
 
 
-def error_kind(before: int, wanted: int, got: int, first: bool) -> str:
-    """Which of `ERRORS` a wrong token is: `before` it stands the last true token, `got` instead of `wanted`."""
+def error_kind(before: Hashable, wanted: Hashable, got: Hashable, first: bool) -> str:
+    """Which of `ERRORS` a wrong token is: `before` it stands the last true token, `got` instead of `wanted`; `EOS` is
+    the end."""
     if first:
         return "first token"
     if wanted == before:

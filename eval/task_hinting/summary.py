@@ -13,6 +13,7 @@ from ..results import Arm, Column, Record, claim
 from .scores import area, error_shares, falls_under
 
 STANDARD, TOTAL = ("standard", False), ("standard_total", False)
+COLLATERAL = Column("text perplexity", "collateral", "nats_per_token", 1.0)
 TIMES = 5  # the paper's headline is about inputs five times as long as in training
 
 
@@ -24,7 +25,8 @@ class Results(shared.Results):
         super().__init__(records)
         first = next(iter(records[self.seeds[0]].values()))
         self.longest: int = first["longest"]
-        self.lengths = sorted(int(split.removeprefix("test_")) for split in first["splits"])
+        tests = [split for split in first["splits"] if split.startswith("test_")]
+        self.lengths = sorted(int(split.removeprefix("test_")) for split in tests)
         self.main_length = min(self.lengths, key=lambda n: (abs(n - TIMES * self.longest), n))
 
     def arm(self, record: Record) -> Arm:
@@ -53,9 +55,16 @@ class Results(shared.Results):
         return {kind: float(np.mean([shares[kind] for shares in found])) for kind in found[0]}
 
     def columns(self) -> list[Column]:
-        """The length that claims speak of first, then the others."""
+        """The length that claims speak of first, then the others, then what there is of unrelated texts."""
         order = [self.main_length, *(n for n in self.lengths if n != self.main_length)]
-        return [Column(str(n), f"test_{n}", "em") for n in order]
+        shown = [Column(str(n), f"test_{n}", "em") for n in order]
+        return shown + [COLLATERAL] * all(self.has(arm, COLLATERAL.split) for arm in self.arms)
+
+    def prompt_tokens(self) -> dict[int, float]:
+        """Length in items -> mean length of a text's prompt in tokens; empty for rows of tokens."""
+        first = next(iter(self.records[self.seeds[0]].values()))["splits"]
+        found = {n: [sample.get("tokens") for sample in first[f"test_{n}"]] for n in self.lengths}
+        return {n: float(np.mean(tokens)) for n, tokens in found.items() if None not in tokens}
 
     def breakdown(self, arm: Arm) -> dict[str, Any]:
         """Of each seed: area under the curve, and the first lengths under 0.9 and 0.5 (None: none of those tested)."""

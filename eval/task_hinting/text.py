@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, encode
 from ..generation import generate
+from ..likelihood import text_nats
 from ..statistics import Evaluation, metric
-from .scores import Sample
+from .scores import EOS, Sample, error_kind
 
 Row = Mapping[str, Any]
 COLUMNS = ("task", "items", "prompt", "completion")
@@ -35,7 +36,8 @@ def evaluate(
     Returns:
         Metrics, with intervals over questions (`group`, default the id): `em/TASK/N` and `formed/TASK/N` for each task
         and number of items N. Samples, one a row in their order: `id`, `group`, `metrics` with `em` and `formed`,
-        `tokens` of the prompt, and where wrong `answer`.
+        `tokens` of the prompt, and where wrong `answer`, `error` (the kind of its first wrong number, word or digit,
+        see `error_kind`; "format" if it is not well formed) and `place`, how many are right before.
 
     Raises:
         ValueError: no rows, or a row without one of the columns `task`, `items`, `prompt`, `completion`.
@@ -53,12 +55,15 @@ def evaluate(
     found: dict[str, list[tuple[float, str]]] = {}
     for row, text, ids in zip(rows, texts, encode(tokenizer, prompts), strict=True):
         answer, wanted = text.strip(" ").partition("\n")[0].strip(), row["completion"].strip()
-        kind = NUMBERS if NUMBERS.fullmatch(wanted) else WORDS
-        metrics = {"em": float(answer == wanted), "formed": float(kind.fullmatch(answer) is not None)}
+        form = NUMBERS if NUMBERS.fullmatch(wanted) else WORDS
+        metrics = {"em": float(answer == wanted), "formed": float(form.fullmatch(answer) is not None)}
         identity = str(row.get("id", len(samples)))
         group = str(row.get("group", identity))
-        sample = {"id": identity, "group": group, "metrics": metrics, "tokens": len(ids)}
-        samples.append(sample if metrics["em"] else {**sample, "answer": answer})
+        sample: Sample = {"id": identity, "group": group, "metrics": metrics, "tokens": len(ids)}
+        if not metrics["em"]:
+            kind, place = _first_error(wanted, answer) if metrics["formed"] else ("format", 0)
+            sample |= {"answer": answer, "error": kind, "place": place}
+        samples.append(sample)
         for name, value in metrics.items():
             found.setdefault(f"{name}/{row['task']}/{row['items']}", []).append((value, group))
     order = sorted(found, key=lambda key: (*key.split("/")[:2], int(key.split("/")[2])))
@@ -66,3 +71,28 @@ def evaluate(
         "metrics": {key: metric(*zip(*found[key], strict=True), share=True) for key in order},
         "samples": samples,
     }
+
+
+def _first_error(wanted: str, answer: str) -> tuple[str, int]:
+    """Kind and place of the first part of a well formed answer that is wrong."""
+    listed = " " in wanted + answer
+    right, said = ([*(text.split() if listed else text), EOS] for text in (wanted, answer))
+    place = next(number for number, (one, other) in enumerate(zip(right, said, strict=False)) if one != other)
+    return error_kind(right[place - 1], right[place], said[place], place == 0), place
+
+
+def collateral(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Sample]:
+    """What training did to unrelated texts, rows with `id`, `group` and `text`: a sample a row, with `metrics`
+    (`nats_per_token`) and its `tokens`."""
+    rows = list(rows)
+    return [
+        {"id": row["id"], "group": row["group"], "tokens": tokens, "metrics": {"nats_per_token": nats / tokens}}
+        for row, (nats, tokens) in zip(rows, text_nats(model, tokenizer, rows, batch_size, progress), strict=True)
+    ]

@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any, key: str) -> Any:
     """Plain JSON types: numpy numbers become Python's, paths lose their folders. ``key`` names the place in errors."""
-    if value is None or isinstance(value, bool):
+    if value is None or type(value) in (bool, int, str):  # nearly all there is, before the slow checks
         return value
     if isinstance(value, Mapping):
         return {str(name): to_json(item, f"{key}.{name}".lstrip(".")) for name, item in value.items()}

@@ -70,7 +70,7 @@ class ArmArguments:
     shot_steps: int = field(default=60, metadata={"help": "Steps of every fit on a new task."})
     data_steps: int = field(default=60, metadata={"help": "Steps of every fit of the section data."})
     other_steps: int | None = field(
-        default=None, metadata={"help": "Steps of isotropic, joint, atlas_lora in the addition. Unset: --max_steps."}
+        default=None, metadata={"help": "Steps of the addition's other arms. Unset: --max_steps."}
     )
     forget: list[str] | None = field(default=None, metadata={"help": "Tasks to negate, one after the other."})
     negation_steps: int = field(default=80, metadata={"help": "Steps of negation."})

@@ -56,6 +56,7 @@ def addition(bench: Bench) -> Iterator[Arm]:
             yield from bench.searched("addition", name, [merged()], look, best_accuracy)
     # AdaMerging (Yang et al., 2024): layer-wise coefficients from 0.3, by the entropy of unlabelled rows.
     adamerging: dict[str, Any] = {
+        **steps,
         "learning_rate": a.adamerging_learning_rate,
         "weight_decay": 0.0,
         "entropy_below": 1.0,

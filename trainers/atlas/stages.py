@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..multitask import MultiTaskConfig, MultiTaskTrainer
-from ..training import own_forward
+from ..training import bare, own_forward
 from .composer import Composer
 from .low_rank import LowRankComposer
 from .trainer import AtlasConfig, AtlasTrainer
@@ -116,11 +116,6 @@ def fine_tune(
     return tuned.eval(), fit
 
 
-def bare(model: Any) -> Any:
-    """The model inside a `PeftModel`, or the model."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def changed(args: Any, **changes: Any) -> Any:
     """A copy of training arguments with other values; ValueError for a field they do not have."""
     args = copy.copy(args)
@@ -141,7 +136,9 @@ def _run(trainer: Trainer, out_dir: Path, trained: int, save: bool = True) -> Fi
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     if isinstance(trainer.train_dataset, Dataset) and not trainer.train_dataset.cache_files:
-        trainer.train_dataset = trainer.train_dataset.to_list()  # in memory anyway; read from arrow a step costs 5 % more
+        trainer.train_dataset = (
+            trainer.train_dataset.to_list()
+        )  # as they are a step costs 8 % less than read from arrow
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     fit = Fit(trainer.state.log_history, time.perf_counter() - start, trained)

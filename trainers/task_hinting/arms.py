@@ -7,16 +7,17 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from trl import ModelConfig
 
 from ..checkpoints import newest_complete_checkpoint
-from .models import ScratchConfig, named_tokenizer, scratch_model
 from .softmax import LengthSoftmax, save, use_length_softmax
 from .trainer import HintingConfig, HintingTrainer, Stream
 
-ARMS = ("standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
+ARMS = ("untouched", "standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class ArmArguments:
     """What to compare; the hints themselves are the data's (--hints)."""
 
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": f"What to train: {', '.join(ARMS)}."}
+        default_factory=lambda: list(ARMS),
+        metadata={"help": f"What to compare: {', '.join(ARMS)}; untouched: a pretrained model as it is."},
     )
     control_hint: str = field(
         default="copy", metadata={"help": "A hint that should not help, trained like the others."}
@@ -65,11 +67,12 @@ class ArmArguments:
             raise ValueError(f"unknown arm {unknown[0]!r} in --arms; known: {', '.join(ARMS)}")
         LengthSoftmax(self.softmax_rule, self.softmax_n0 or 2.0)
 
-    def planned(self, hints: Collection[str]) -> list[Arm]:
-        """All models to train, in the table's order; ValueError for a control among the hints."""
+    def planned(self, hints: Collection[str], pretrained: bool = False) -> list[Arm]:
+        """All models to measure, in the table's order; ValueError for a control among the hints."""
         if "control" in self.arms and self.control_hint in hints:
             raise ValueError(f"--control_hint {self.control_hint} is one of --hints; name another, or drop the arm")
         made = {
+            "untouched": [Arm("untouched")] * pretrained,
             "standard": [Arm("standard")],
             "standard_total": [Arm("standard_total", extra=True)],
             "hint": [Arm(f"hint_{hint}", (hint,)) for hint in hints],
@@ -78,6 +81,26 @@ class ArmArguments:
             "hint_softmax": [Arm(f"hint_softmax_{hint}", (hint,), softmax=True) for hint in hints],
         }
         return [arm for name in ARMS if name in self.arms for arm in made[name]]
+
+    def check_pretrained(self, hints: Collection[str], queries: int, model: ModelConfig) -> None:
+        """ValueError for what only models from scratch can do."""
+        if queries > 1:
+            raise ValueError(f"--queries {queries}: a text asks one question")
+        trained = any(arm.softmax for arm in self.planned(hints, pretrained=True))
+        if self.softmax_count == "items" and (trained or self.softmax_at_test):
+            raise ValueError("--softmax_count items: nothing tells generate the items of a text; use keys")
+        if not (trained and model.use_peft):
+            return
+        if self.softmax_rule != "log":
+            raise ValueError(
+                f"--softmax_rule {self.softmax_rule} learns weights of the base, which an adapter leaves alone: use "
+                "log, or train all weights"
+            )
+        if model.load_in_4bit or model.load_in_8bit:
+            raise ValueError(
+                "an adapter with a softmax of its own is merged, which a quantised base does not allow: drop the arms "
+                "softmax and hint_softmax, or the quantisation"
+            )
 
     def softmax(self, longest: int, longest_row: int, at_test: bool = False) -> LengthSoftmax:
         """In training, or switched on for a test; `longest` items and `longest_row` tokens were trained on."""
@@ -91,42 +114,47 @@ class ArmArguments:
 class Fit:
     """A trained model, its log and what it cost."""
 
-    model: PreTrainedModel
+    model: Any
     log: list[dict[str, float]]
     seconds: float
     trained: int
 
 
 def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     stream: Stream,
-    vocabulary: list[str],
-    scratch: ScratchConfig,
     args: HintingConfig,
     folder: Path,
     *,
     seed: int,
-    longest_row: int,
     softmax: LengthSoftmax | None = None,
+    peft_config: PeftConfig | None = None,
 ) -> Fit:
-    """Train a model from scratch on all rows of the stream's steps, in `folder`, going on from the newest complete
-    checkpoint there; the model is saved in `folder/model`. The same seed: the same initial weights in every arm."""
+    """Train the model, or an adapter to it, on all rows of the stream's steps, in `folder`, going on from the newest
+    complete checkpoint there; it is saved in `folder/model`, an adapter with a softmax of its own merged."""
     set_seed(seed)
     args = copy.copy(args)
     args.output_dir, args.seed = str(folder), seed
     args.per_device_train_batch_size = stream.rows // (args.gradient_accumulation_steps * args.world_size)
     names = {task.name for task in stream.tasks}  # --weights may name hints of other arms
     args.weights = [text for text in args.weights or [] if text.partition("=")[0] in names]
-    model = scratch_model(len(vocabulary), scratch, seed, longest_row)
     if softmax is not None:
         use_length_softmax(model, softmax)
-    tokenizer = named_tokenizer(vocabulary)
-    trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer)
+    trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     if args.disable_tqdm:  # else transformers prints every log line instead
         trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     checkpoint = newest_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
-    save(model.eval(), folder / "model")
+    tuned = trainer.model.eval()
+    if peft_config is not None and softmax is not None:  # the softmax stands in the base's config
+        tuned = tuned.merge_and_unload()
+    if isinstance(tuned, PeftModel):
+        tuned.save_pretrained(folder / "model")
+    else:
+        save(tuned, folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    return Fit(model, trainer.state.log_history, seconds, sum(p.numel() for p in model.parameters()))
+    return Fit(tuned, trainer.state.log_history, seconds, trained)

@@ -18,6 +18,7 @@ from .schedules import parse_weights
 from .softmax import items
 
 Batch = dict[str, Tensor]
+FUSED = 4096  # tokens of a vocabulary from which on a stream's rows go through TRL's fused head
 
 
 class Stream(Protocol):
@@ -64,8 +65,8 @@ class HintingTrainer(MultiTaskTrainer):
 
     A stream gives all rows of an optimiser step at once. They are cut into micro-batches and over processes, so that
     8 x 1, 2 x 4 and two processes see the same rows; what a step sees hangs on its number alone, so that a resumed run
-    goes on with the rows it would have had. The model's own forward reads them: TRL's fused head and its per-token
-    metrics cost more than a small model's step.
+    goes on with the rows it would have had. TRL's fused head saves the memory of a large vocabulary's logits; with a
+    small one the model's own forward reads the rows, for the head costs more than a small model's step.
 
     Args: as `MultiTaskTrainer`, and
         train_dataset: rows of text with `prompt`, `completion` and `task`, or nothing, with
@@ -105,6 +106,7 @@ class HintingTrainer(MultiTaskTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         self.schedules = [schedules[task] for task in self.tasks]
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        self._fused = self.model.get_output_embeddings().weight.shape[0] > FUSED
 
     def get_train_dataloader(self) -> DataLoader:
         if self.stream is None:
@@ -133,7 +135,9 @@ class HintingTrainer(MultiTaskTrainer):
             return super().token_nats(model, inputs)
         labels = inputs["labels"][:, 1:]
         seen = labels != -100
-        with items(inputs["items"]):
+        with items(inputs.pop("items")):
+            if self._fused:
+                return super().token_nats(model, inputs)
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         nats = cross_entropy(logits[:, :-1][seen].float(), labels[seen], reduction="none")
         return nats, row_of_each(seen)

@@ -1,0 +1,47 @@
+"""All that is measured of one model: `splits`, samples for the report, and what attention looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..choices import CausalLM
+from .attention import attention_masses
+from .scores import Rows, Telling, teacher_forced
+from .text import Row, collateral, evaluate
+
+LOOKS = 100  # test rows of each length are enough to see what attention does
+
+
+def measure_tokens(
+    model: CausalLM, tests: Mapping[int, Any], batch_size: int, *, sorts: bool, telling: Telling | None = None
+) -> dict[str, Any]:
+    """Of a model from scratch, on test rows (`Rows`) by length. `sorts`: the main task is sorting, for which there are
+    read-outs of attention."""
+    splits = {f"test_{n}": teacher_forced(model, rows, batch_size, telling) for n, rows in tests.items()}
+    looked = {n: _first(rows) for n, rows in tests.items() if sorts and n > 1}
+    return {
+        "splits": splits,
+        "attention": {n: attention_masses(model, rows, telling=telling) for n, rows in looked.items()},
+    }
+
+
+def measure_texts(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tests: Mapping[int, Sequence[Row]],
+    unrelated: Sequence[Row],
+    batch_size: int,
+    *,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Of a pretrained model, on test rows of text by length, and on unrelated texts."""
+    scoring: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    splits = {f"test_{n}": evaluate(model, tokenizer, rows, **scoring)["samples"] for n, rows in tests.items()}
+    return {"splits": {**splits, "collateral": collateral(model, tokenizer, unrelated, **scoring)}}
+
+
+def _first(rows: Any) -> Rows:
+    return type(rows)(*(part[:LOOKS] for part in rows))

@@ -1,0 +1,57 @@
+"""Rows of a stream as text, in the tokens of a pretrained model's tokenizer."""
+
+from __future__ import annotations
+
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStep(NamedTuple):
+    """The rows of one optimiser step, padded at their ends."""
+
+    ids: Tensor  # [rows, width]
+    targets: Tensor  # which carry loss, bool [rows, width]
+    lengths: Tensor  # items of the problem [rows]
+    tasks: Tensor  # number of the task [rows]
+
+
+class TextStream:
+    """What `HintingTrainer` trains a pretrained model on, made of `data_builders.task_hinting.make_stream`.
+
+    Tokenised as TRL tokenises prompt and completion: together, the end-of-text token behind them, and loss from the
+    first token on in which that differs from the prompt alone.
+
+    Raises:
+        ValueError: a tokenizer without an end-of-text token, or tasks with several questions a row (`queries`).
+    """
+
+    def __init__(self, stream: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-text token, which an answer ends with")
+        if any(task.queries > 1 for task in stream.tasks):
+            raise ValueError("a text asks one question: make the stream with queries=1")
+        self.stream, self.tokenizer = stream, tokenizer
+        self.tasks, self.rows = stream.tasks, stream.rows
+
+    def step(self, number: int) -> TextStep:
+        """The rows of step `number`, counted from 0."""
+        made = self.stream.step(number)
+        names = [self.tasks[place].name for place in made.tasks.tolist()]
+        rows = zip(names, made.ids.tolist(), made.targets.tolist(), strict=True)
+        texts = [self.stream.family.text(name, ids, targets) for name, ids, targets in rows]
+        prompts = self.tokenizer([prompt for prompt, _ in texts])["input_ids"]
+        whole = self.tokenizer([prompt + completion for prompt, completion in texts])["input_ids"]
+        end = self.tokenizer.eos_token_id
+        whole = [ids if ids[-1] == end else [*ids, end] for ids in whole]
+        width = max(map(len, whole))
+        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in whole])
+        starts = torch.tensor([len(commonprefix([prompt, row])) for prompt, row in zip(prompts, whole, strict=True)])
+        ends = torch.tensor([len(row) for row in whole])
+        place = torch.arange(width)
+        targets = (place >= starts[:, None]) & (place < ends[:, None])
+        return TextStep(ids, targets, torch.as_tensor(made.lengths), torch.as_tensor(made.tasks))
