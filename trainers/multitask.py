@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -139,8 +140,26 @@ class MultiTaskTrainer(FiniteTrainer, SFTTrainer):
 
 def tokenised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, args: SFTConfig) -> Dataset:
     """The rows with `input_ids` and `labels` beside their columns, as TRL makes them: once for many short fits."""
-    with own_forward(model):
-        return MultiTaskTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+    if not isinstance(rows[0]["prompt"], str):
+        with own_forward(model):
+            return MultiTaskTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+    ids, starts = completion_tokens(tokenizer, rows["prompt"][:], rows["completion"][:])
+    labels = [[-100] * start + row[start:] for row, start in zip(ids, starts, strict=True)]
+    for name, column in (("input_ids", ids), ("labels", labels)):
+        rows = rows.add_column(name, [row[: args.max_length] for row in column])
+    return rows
+
+
+def completion_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """Of each row its tokens, the end-of-text token behind the completion, and the place where that begins: as TRL's
+    `SFTTrainer` tokenises them, but all in one call, where TRL takes a second for 1,500 rows."""
+    end = tokenizer.eos_token
+    ended = [text if text.endswith(end) else text + end for text in completions]
+    alone = tokenizer(list(prompts))["input_ids"]
+    whole = tokenizer([prompt + text for prompt, text in zip(prompts, ended, strict=True)])["input_ids"]
+    return whole, [len(commonprefix(pair)) for pair in zip(alone, whole, strict=True)]
 
 
 def row_of_each(seen: Tensor) -> Tensor:

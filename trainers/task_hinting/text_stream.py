@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from ..multitask import completion_tokens
 
 
 class TextStep(NamedTuple):
@@ -22,8 +23,7 @@ class TextStep(NamedTuple):
 class TextStream:
     """What `HintingTrainer` trains a pretrained model on, made of `data_builders.task_hinting.make_stream`.
 
-    Tokenised as TRL tokenises prompt and completion: together, the end-of-text token behind them, and loss from the
-    first token on in which that differs from the prompt alone.
+    Tokenised as TRL tokenises prompt and completion (`completion_tokens`); loss on the completion and the end of text.
 
     Raises:
         ValueError: a tokenizer without an end-of-text token, or tasks with several questions a row (`queries`).
@@ -43,15 +43,11 @@ class TextStream:
         names = [self.tasks[place].name for place in made.tasks.tolist()]
         rows = zip(names, made.ids.tolist(), made.targets.tolist(), strict=True)
         texts = [self.stream.family.text(name, ids, targets) for name, ids, targets in rows]
-        prompts = self.tokenizer([prompt for prompt, _ in texts])["input_ids"]
-        whole = self.tokenizer([prompt + completion for prompt, completion in texts])["input_ids"]
-        end = self.tokenizer.eos_token_id
-        whole = [ids if ids[-1] == end else [*ids, end] for ids in whole]
+        whole, begun = completion_tokens(self.tokenizer, *zip(*texts, strict=True))
         width = max(map(len, whole))
-        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in whole])
-        starts = torch.tensor([len(commonprefix([prompt, row])) for prompt, row in zip(prompts, whole, strict=True)])
-        ends = torch.tensor([len(row) for row in whole])
+        starts, ends = torch.tensor(begun)[:, None], torch.tensor([len(row) for row in whole])[:, None]
         place = torch.arange(width)
-        targets = (place >= starts[:, None]) & (place < ends[:, None])
+        targets = (place >= starts) & (place < ends)
         return TextStep(ids, targets, torch.as_tensor(made.lengths), torch.as_tensor(made.tasks))
