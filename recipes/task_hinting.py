@@ -60,7 +60,7 @@ COMMON = {  # spec 3.1
     "logging_steps": 100,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 2000, "warmup_steps": 120, "test_rows": 500},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 1800, "warmup_steps": 120, "test_rows": 500},
     "smoke": COMMON | {
         "seeds": [0], "max_steps": 500, "warmup_steps": 40, "arms": ["standard", "hint"], "test_rows": 200,
         "logging_steps": 50},
@@ -79,6 +79,7 @@ PRETRAINED: dict[str, dict[str, Any]] = {  # spec 2.6
 PRETRAINED["smoke"] = PRETRAINED["default"] | {
     "seeds": [0], "arms": ["untouched", "standard", "hint"], "max_steps": 2, "warmup_steps": 0, "main_rows": 8,
     "hint_rows": 4, "test_lengths": [6, 12], "test_rows": 8, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
+PROBED = 1 << 20  # added to the seed: of the rows that linear probes are fitted on
 PRELOAD = ["steerbook.trainers.task_hinting.arms", "steerbook.eval.task_hinting.report"]
 
 
@@ -156,6 +157,8 @@ class Scratch:
     def __init__(self, settings: Settings, data: HintingDataArguments) -> None:
         self.settings, self.data = settings, data
         self.tests = hinting_data.test_sets(data)
+        probed = replace(data, test_lengths=[data.longest], rows_seed=data.rows_seed + PROBED)
+        self.probed = hinting_data.test_sets(probed)[data.longest] if data.longest > 1 else None
         self.vocabulary = hinting_data.make_family(data).vocabulary
         self.size = settings.recipe.eval_batch_size
 
@@ -169,8 +172,10 @@ class Scratch:
         arrays = arrays_on(self.settings.training.device)
         return hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra, arrays)
 
-    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        return measure_tokens(model, self.tests, self.size, sorts=self.data.main == "sort", telling=items)
+    def measure(self, model: Any, tokenizer: Any, probes: bool) -> dict[str, Any]:
+        probed = self.probed if probes else None
+        return measure_tokens(model, self.tests, self.size, sorts=self.data.main == "sort", probed=probed,
+                              telling=items)  # fmt: skip
 
 
 class Pretrained:
@@ -195,7 +200,7 @@ class Pretrained:
     def stream(self, arm: Arm, tokenizer: Any) -> Any:
         return TextStream(hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra), tokenizer)
 
-    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+    def measure(self, model: Any, tokenizer: Any, probes: bool) -> dict[str, Any]:
         size = self.settings.recipe.eval_batch_size
         return measure_texts(model, tokenizer, self.tests, self.unrelated, size, progress=True)
 
@@ -217,12 +222,14 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     done = {file.parent.name for file in folder.glob("*/measured.json")}
 
     def record(arm: Arm, fitted: Fit, tokenizer: Any, at_test: LengthSoftmax | None = None) -> None:
+        plain = at_test is None and not (arm.softmax or arm.extra or arm.key.startswith("control"))
+        measured = side.measure(fitted.model, tokenizer, probes=plain)
         facts = {
             "name": arm.key, "at_test": at_test is not None, "longest": longest, "trained": fitted.trained,
             "order": [settings.planned.index(arm), at_test is not None],
             "label": label(settings, arm) + (AT_TEST if at_test else ""),
             "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
-            **side.measure(fitted.model, tokenizer), "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory(), **measured,
         }  # fmt: skip
         key = f"{arm.key}_at_test" if at_test else arm.key
         (folder / key).mkdir(parents=True, exist_ok=True)

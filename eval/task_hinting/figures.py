@@ -77,3 +77,29 @@ def error_kinds(shares: Mapping[str, Mapping[int, Mapping[str, float]]], path: P
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.legend(handles, kinds, frameon=False, fontsize=8, loc="outside lower left", ncols=5)
     save(figure, path)
+
+
+def probe_scores(
+    found: Mapping[str, Mapping[str, Mapping[int, float]]], longest: int, path: Path, *, title: str
+) -> None:
+    """Scores of linear probes by length, a panel a probe and a line an arm: `found[arm][probe][length]`."""
+    names = list(dict.fromkeys(name for probes in found.values() for name in probes))
+    if not names:
+        raise ValueError("no probes to draw")
+    figure = Figure(figsize=(2.6 * len(names) + 0.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False, sharex=True)
+    for axes, name in zip(panels.flat, names, strict=True):
+        for number, (arm, probes) in enumerate(found.items()):
+            if name in probes:
+                lengths = sorted(probes[name])
+                axes.plot(lengths, [probes[name][n] for n in lengths], color=COLOURS[number % len(COLOURS)],
+                          linewidth=1.8, marker="o", markersize=3, label=arm)  # fmt: skip
+        axes.axvspan(0, longest, color="#eeeeee", zorder=0)
+        style(axes, name)
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set(xlabel="items", xlim=(0, None))
+        axes.set_ylabel("R²" if name == "rank" else "share right")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower left", ncols=2)
+    save(figure, path)

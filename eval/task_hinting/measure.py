@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM
 from .attention import attention_masses
+from .probes import probe
 from .scores import Rows, Telling, teacher_forced
 from .text import Row, collateral, evaluate
 
@@ -16,16 +17,27 @@ LOOKS = 100  # test rows of each length are enough to see what attention does
 
 
 def measure_tokens(
-    model: CausalLM, tests: Mapping[int, Any], batch_size: int, *, sorts: bool, telling: Telling | None = None
+    model: CausalLM,
+    tests: Mapping[int, Any],
+    batch_size: int,
+    *,
+    sorts: bool,
+    probed: Rows | None = None,
+    telling: Telling | None = None,
 ) -> dict[str, Any]:
-    """Of a model from scratch, on test rows (`Rows`) by length. `sorts`: the main task is sorting, for which there are
-    read-outs of attention."""
+    """Of a model from scratch, on test rows (`Rows`) by length.
+
+    Args:
+        sorts: the main task is sorting, for which there are read-outs of attention and
+        probed: rows, none of the tests', that linear probes are fitted on.
+    """
     splits = {f"test_{n}": teacher_forced(model, rows, batch_size, telling) for n, rows in tests.items()}
     looked = {n: _first(rows) for n, rows in tests.items() if sorts and n > 1}
-    return {
-        "splits": splits,
-        "attention": {n: attention_masses(model, rows, telling=telling) for n, rows in looked.items()},
-    }
+    found: dict[str, Any] = {"splits": splits}
+    found["attention"] = {n: attention_masses(model, rows, telling=telling) for n, rows in looked.items()}
+    if looked and probed is not None:
+        found["probes"] = probe(model, probed, looked, telling=telling)
+    return found
 
 
 def measure_texts(

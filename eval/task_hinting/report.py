@@ -11,7 +11,7 @@ from ..figures import loss_curves
 from ..report import RunFolder, results_table, wide_console
 from ..results import Records, sample_lines, screen_rows, show_verdicts, table
 from ..results import read_records as read_all
-from .figures import by_length, error_kinds
+from .figures import by_length, error_kinds, probe_scores
 from .summary import COLLATERAL, STANDARD, Results, bounded, claims
 
 
@@ -27,6 +27,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     rows = table(results, shown)
     names = {column.title: column.title if column is COLLATERAL else f"em/{column.title}" for column in shown}
     arms = {row["method"]: {name: row[title] for title, name in names.items() if title in row} for row in rows}
+    probes = {results.label(arm): found for arm in results.arms if (found := results.probes(arm))}
     standard = results.label(STANDARD) if STANDARD in results.arms else next(iter(arms))
     run.update(
         metrics={
@@ -36,6 +37,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "errors": {
                 results.label(arm): {str(n): results.errors(arm, n) for n in results.lengths} for arm in results.arms
             },
+            **({"probes": probes} if probes else {}),
             **({"prompt_tokens": {str(n): tokens[n] for n in tokens}} if (tokens := results.prompt_tokens()) else {}),
             "paired": results.paired(STANDARD, [arm for arm in results.arms if arm != STANDARD], shown[0]),
         },
@@ -58,6 +60,9 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     if all(found for seeds in looks.values() for found in seeds):
         title = "Attention on the numbers that may come next, of the head with most of it"
         by_length(looks, results.longest, run.figure("attention"), title=title, label="attention mass (%)")
+    if probes:
+        title = "What a linear probe of the last layer finds as the next number is said"
+        probe_scores(probes, results.longest, run.figure("probes"), title=title)
     kinds = {results.label(arm): {n: results.errors(arm, n) for n in results.lengths} for arm in results.arms}
     error_kinds(kinds, run.figure("errors"), title="Kind of the first error")
     _draw_losses(run, results)

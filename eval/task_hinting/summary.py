@@ -49,6 +49,15 @@ class Results(shared.Results):
         head = np.unravel_index(next_ones[min(next_ones)].argmax(), next_ones[min(next_ones)].shape)
         return {n: float(mass[head]) for n, mass in next_ones.items()}
 
+    def probes(self, arm: Arm) -> dict[str, dict[int, float]]:
+        """Probe -> length -> its score on the last layer, mean over seeds; empty where none was fitted."""
+        found = [self.draws(seed, arm)[0].get("probes", {}) for seed in self.seeds]
+        return {
+            name: {n: float(np.mean([one[name][str(n)][-1] for one in found])) for n in self.lengths if n > 1}
+            for name in found[0]
+            if all(name in one for one in found)
+        }
+
     def errors(self, arm: Arm, length: int) -> dict[str, float]:
         """Kind of the first error -> share of the rows of all seeds."""
         found = [error_shares(self.draws(seed, arm)[0]["splits"][f"test_{length}"]) for seed in self.seeds]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import torch
@@ -106,6 +108,8 @@ class HintingTrainer(MultiTaskTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         self.schedules = [schedules[task] for task in self.tasks]
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        if find_spec("lomo_optim") is None:  # accelerate looks for it on disk twice a step: 4 % of a small model's
+            sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]  # "not there", as import knows it
         self._fused = self.model.get_output_embeddings().weight.shape[0] > FUSED
 
     def get_train_dataloader(self) -> DataLoader:
@@ -123,8 +127,10 @@ class HintingTrainer(MultiTaskTrainer):
         weights = [schedule(step) for schedule in self.schedules]
         self.task_weights = torch.tensor(weights)
         batches, items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = sum(torch.bincount(batch["task_id"].cpu(), minlength=len(self.tasks)) for batch in batches)
-        self._step_rows = self.accelerator.reduce(torch.as_tensor(counts, device=device), "sum")
+        counts = torch.zeros(len(self.tasks), dtype=torch.long, device=device)
+        for batch in batches:
+            counts += torch.bincount(batch["task_id"].to(device), minlength=len(self.tasks))
+        self._step_rows = self.summed(counts)
         for task, weight, rows in zip(self.tasks, weights, self._step_rows.tolist(), strict=True):
             self._metrics["train"][f"weight/{task}"].append(weight)
             self._metrics["train"][f"rows/{task}"].append(float(rows))
