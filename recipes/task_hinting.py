@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,22 +42,17 @@ from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
 from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, fit
 from steerbook.trainers.task_hinting.arrays import TorchArrays
+from steerbook.trainers.task_hinting.dry_run import show_cost
 from steerbook.trainers.task_hinting.schedules import parse_weights
 from steerbook.trainers.task_hinting.softmax import LengthSoftmax, items
-from steerbook.trainers.task_hinting.text_stream import TextStream
+from steerbook.trainers.task_hinting.text_stream import TextStream, check_positions
 from steerbook.trainers.task_hinting.trainer import HintingConfig, HintingTrainer
 from steerbook.trainers.training import bare
 
 COMMON = {  # spec 3.1
-    "learning_rate": 3e-3,
-    "adam_beta2": 0.98,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
-    "save_strategy": "no",
-    "eval_batch_size": 500,
-    "logging_steps": 100,
-}
+    "learning_rate": 3e-3, "adam_beta2": 0.98, "weight_decay": 0.0, "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.02}, "save_strategy": "no", "eval_batch_size": 500,
+    "logging_steps": 100}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 1800, "warmup_steps": 120, "test_rows": 500},
     "smoke": COMMON | {
@@ -133,22 +127,9 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
-def arrays_on(device: Any) -> Callable[[Sequence[int]], Any] | None:
-    """Rows are made by NumPy, or on the accelerator that trains on them."""
-    return None if device.type == "cpu" else partial(TorchArrays, device=device)
-
-
-def label(settings: Settings, arm: Arm) -> str:
-    """The arm's name in the table, with the rows that a step has of the main task and of hints."""
-    if arm.key == "untouched":
-        return arm.key
-    data = settings.data
-    rows = str(data.main_rows + data.hint_rows * arm.extra) + "".join(f" + {data.hint_rows}" for _ in arm.hints)
-    tasks = hinting_data.tasks(data, arm.hints)
-    hints = [f"{task.name}{' (shared mark)' if task.shared else ' (own mark)'}" for task in tasks[1:]]
-    kind = "control" if arm.key.startswith("control") else "hint"
-    words = [f"{kind} {hint}" for hint in hints] + ["softmax"] * arm.softmax
-    return " + ".join(words or ["standard"]) + f", {rows} rows"
+def tasks_of(data: HintingDataArguments, arm: Arm) -> list[Any]:
+    """What a step of an arm consists of, the main task first."""
+    return hinting_data.tasks(data, arm.hints, data.hint_rows * arm.extra)
 
 
 class Scratch:
@@ -169,7 +150,8 @@ class Scratch:
         return model, named_tokenizer(self.vocabulary)
 
     def stream(self, arm: Arm, tokenizer: Any) -> Any:
-        arrays = arrays_on(self.settings.training.device)
+        device = self.settings.training.device
+        arrays = None if device.type == "cpu" else partial(TorchArrays, device=device)  # made where they are read
         return hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra, arrays)
 
     def measure(self, model: Any, tokenizer: Any, probes: bool) -> dict[str, Any]:
@@ -189,12 +171,7 @@ class Pretrained:
     def model(self, seed: int) -> tuple[Any, Any]:
         """ValueError for one with fewer positions than the longest test needs."""
         model, tokenizer = load_base(self.settings.model, device=self.settings.training.device)
-        texts = [row["prompt"] + row["completion"] for rows in self.tests.values() for row in rows]
-        longest = 1 + max(map(len, tokenizer(texts)["input_ids"]))
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise ValueError(f"the longest test row has {longest} tokens, and the model takes {limit}: shorten "
-                             "--test_lengths")  # fmt: skip
+        check_positions(model, tokenizer, [row for rows in self.tests.values() for row in rows])
         return model, tokenizer
 
     def stream(self, arm: Arm, tokenizer: Any) -> Any:
@@ -227,7 +204,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         facts = {
             "name": arm.key, "at_test": at_test is not None, "longest": longest, "trained": fitted.trained,
             "order": [settings.planned.index(arm), at_test is not None],
-            "label": label(settings, arm) + (AT_TEST if at_test else ""),
+            "label": arm.label(tasks_of(settings.data, arm)) + (AT_TEST if at_test else ""),
             "seconds": 0.0 if at_test else fitted.seconds, "log": [] if at_test else fitted.log,
             "peak_memory_bytes": peak_memory(), **measured,
         }  # fmt: skip
@@ -266,7 +243,7 @@ def check(settings: Settings) -> None:
     parse_weights(training.weights, [data.main, *used])
     cut = training.gradient_accumulation_steps * training.world_size
     for arm in settings.planned:
-        rows = sum(task.rows for task in hinting_data.tasks(data, arm.hints, data.hint_rows * arm.extra))
+        rows = sum(task.rows for task in tasks_of(data, arm))
         if rows % cut and arm.key != "untouched":
             raise ValueError(
                 f"{arm.key} has {rows} rows a step, which --gradient_accumulation_steps "
@@ -290,16 +267,8 @@ def dry_run(settings: Settings) -> None:
         adapter = get_peft_config(settings.model)
         trainer = HintingTrainer(model, training, stream=stream, processing_class=tokenizer, peft_config=adapter)
         show_dry_run(trainer, tokenizer, between="" if settings.pretrained else " ")
-    parameters, each = model.num_parameters(), 6 if adapter is None else 4  # no gradients of weights that stay
-    total = 0
-    print(f"{'arm':<60}{'rows a step':>12}{'tokens a step':>15}{'TFLOP':>10}")
-    for arm in arms:
-        rows, width = side.stream(arm, tokenizer).step(0).ids.shape
-        flop = each * parameters * rows * width * training.max_steps
-        total += flop * len(settings.recipe.seeds)
-        print(f"{label(settings, arm):<60}{rows:>12,}{rows * width:>15,}{flop / 1e12:>10,.1f}")
-    print(f"{len(arms)} models x {len(settings.recipe.seeds)} seeds, {training.max_steps:,} steps each: "
-          f"{total / 1e12:,.1f} TFLOP ({each} per parameter and token, attention not counted)")  # fmt: skip
+    each = {arm.label(tasks_of(settings.data, arm)): side.stream(arm, tokenizer).step(0).ids.shape for arm in arms}
+    show_cost(each, model.num_parameters(), training.max_steps, len(settings.recipe.seeds), adapter is not None)
 
 
 def main(argv: list[str]) -> None:

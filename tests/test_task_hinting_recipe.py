@@ -51,7 +51,7 @@ def test_smoke_shows_the_robust_facts(smoke):
     assert "Claims are judged from three seeds on" in output and "shows nothing about large models" in output
     assert str(folder.parent) not in (folder / "results.json").read_text()
     figures = {path.name for path in (folder / "figures").iterdir()}
-    assert figures == {"accuracy.png", "attention.png", "errors.png", "loss_seed_0.png"}
+    assert figures == {"accuracy.png", "attention.png", "errors.png", "loss_seed_0.png", "probes.png"}
 
 
 def test_smoke_leaves_models_that_score_the_same(smoke):

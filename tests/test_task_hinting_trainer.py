@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -258,6 +259,20 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path, accumulation):
     assert ours == theirs
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rows_seed": 2}, "its seed was 1, now it is 2"), ({"values": 21}, "another stream of rows: its "),
+     ({"main_rows": 5, "hint_rows": 3}, "its tasks was"), ({"mix": "random"}, "its mix was fixed, now it is random")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_stream_is_refused(tmp_path, changes, message):
+    trainer(tmp_path, callbacks=[StopAt()], steps=6).train()
+    other = trainer(tmp_path, rows=replace(ROWS, **changes), steps=6)
+    before = [parameter.clone() for parameter in other.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters(), strict=True))
 
 
 def test_gradient_cosine_by_hand(tmp_path):

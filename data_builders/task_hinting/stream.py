@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from .arrays import PAD, Array, Arrays, NumpyArrays, Rows
@@ -69,6 +69,14 @@ class Stream:
         self._arrays, self._plain = arrays, arrays([seed])
         self._blocks: dict[int, tuple[int, Rows]] = {}  # of each task the last one made, by its number
         self.rows = sum(task.rows for task in self.tasks)  # of a step
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its rows follow from."""
+        made_by = f"{type(self.family).__name__} by {type(self._plain).__name__}"
+        tasks = [asdict(task) for task in self.tasks]
+        return {"family": made_by, **vars(self.family), "tasks": tasks, "seed": self.seed, "mix": self.mix,
+                "steps": self.steps}  # fmt: skip
 
     def step(self, number: int) -> Step:
         """The rows of step `number`, counted from 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,15 @@ class Arm:
     hints: tuple[str, ...] = ()
     extra: bool = False
     softmax: bool = False
+
+    def label(self, tasks: Sequence[Any]) -> str:
+        """Its name in the table; `tasks` of a step, the main one first, with `name`, `rows` and `shared`."""
+        if self.key == "untouched":
+            return self.key
+        kind = "control" if self.key.startswith("control") else "hint"
+        words = [f"{kind} {task.name} ({'shared' if task.shared else 'own'} mark)" for task in tasks[1:]]
+        words += ["softmax"] * self.softmax
+        return f"{' + '.join(words or ['standard'])}, {' + '.join(str(task.rows) for task in tasks)} rows"
 
 
 @dataclass
@@ -152,9 +161,10 @@ def fit(
     tuned = trainer.model.eval()
     if peft_config is not None and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
-    if isinstance(tuned, PeftModel):
-        tuned.save_pretrained(folder / "model")
-    else:
-        save(tuned, folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    if trainer.is_world_process_zero():
+        if isinstance(tuned, PeftModel):
+            tuned.save_pretrained(folder / "model")
+        else:
+            save(tuned, folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     return Fit(tuned, trainer.state.log_history, seconds, trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class TextStream:
         self.stream, self.tokenizer = stream, tokenizer
         self.tasks, self.rows = stream.tasks, stream.rows
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its rows follow from, but for the tokenizer."""
+        return {**self.stream.identity, "text": True}
+
     def step(self, number: int) -> TextStep:
         """The rows of step `number`, counted from 0."""
         made = self.stream.step(number)
@@ -51,3 +57,13 @@ class TextStream:
         place = torch.arange(width)
         targets = (place >= starts) & (place < ends)
         return TextStep(ids, targets, torch.as_tensor(made.lengths), torch.as_tensor(made.tasks))
+
+
+def check_positions(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> None:
+    """ValueError for a model with fewer positions than the longest of rows (`prompt`, `completion`) has tokens."""
+    whole, _ = completion_tokens(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows])
+    longest, limit = max(map(len, whole)), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"the longest test row has {longest} tokens, and the model takes {limit}: shorten --test_lengths"
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,11 +17,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from trl import SFTConfig
 
+from ...files import write_json
 from ..multitask import MultiTaskArguments, MultiTaskTrainer, row_of_each
 from .schedules import parse_weights
 from .softmax import items
 
 Batch = dict[str, Tensor]
+STREAM = "stream.json"
 FUSED = 4096  # tokens of a vocabulary from which on a stream's rows go through TRL's fused head
 
 
@@ -28,6 +32,7 @@ class Stream(Protocol):
 
     tasks: Sequence[Any]  # each with a `name`; the main task first
     rows: int  # of an optimiser step
+    identity: dict[str, Any]  # what its rows follow from, for checkpoints
 
     def step(self, number: int) -> tuple[Any, Any, Any, Any]:
         """Tokens [rows, width], which carry loss [rows, width], items of the problem and number of the task [rows]."""
@@ -78,9 +83,12 @@ class HintingTrainer(MultiTaskTrainer):
 
     Logs `loss/<task>`, `tokens/<task>`, `rows/<task>`, `weight/<task>` and, if asked for, `cosine/<hint>`.
 
+    Checkpoints keep what the stream's rows follow from (`stream.json`).
+
     Raises:
         ValueError: packing; a weight below 0, not finite or of no task, or none for the main task; counts that do not
-            make up the stream's rows; a stream without `max_steps`; both or neither of rows and stream.
+            make up the stream's rows; a stream without `max_steps`; both or neither of rows and stream; at `train` a
+            checkpoint of another stream.
     """
 
     def __init__(
@@ -111,6 +119,25 @@ class HintingTrainer(MultiTaskTrainer):
         if find_spec("lomo_optim") is None:  # accelerate looks for it on disk twice a step: 4 % of a small model's
             sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]  # "not there", as import knows it
         self._fused = self.model.get_output_embeddings().weight.shape[0] > FUSED
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.stream is not None:
+            write_json(Path(output_dir or self.args.output_dir) / STREAM, self.stream.identity)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        file = Path(resume_from_checkpoint) / STREAM
+        if self.stream is not None and file.exists():
+            before, now = json.loads(file.read_text()), json.loads(json.dumps(self.stream.identity))
+            changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+            if changed:
+                name = "seed" if "seed" in changed else min(changed)
+                raise ValueError(
+                    f"{resume_from_checkpoint} was trained on another stream of rows: its {name} was "
+                    f"{before.get(name)}, now it is {now.get(name)}. Make the stream that it had, or start in another "
+                    "folder"
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.stream is None:
