@@ -1,7 +1,11 @@
 """Every test runs offline, on one CPU thread, without telemetry, with a cache of its own."""
 
+import functools
+import importlib.util
 import os
 import socket
+import sys
+from pathlib import Path
 
 # Before any library is imported: most read these once.
 os.environ.update(
@@ -63,3 +67,20 @@ def cache(tmp_path_factory):
 def seeded():
     """The same random tensors in every test, in whichever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def load_recipe():
+    """A recipe's script as a module, by its name: `recipes/` is not a package."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        @functools.cache
+        def load(name):
+            path = Path(__file__).parents[1] / "recipes" / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(f"{name}_recipe", path)
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
+            spec.loader.exec_module(module)
+            return module
+
+        yield load

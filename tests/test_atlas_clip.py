@@ -2,7 +2,6 @@
 ones, and the whole recipe."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -468,12 +467,8 @@ def test_tiny_clip_reads_upright_digits_and_is_built_once():
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("atlas_clip_recipe", ROOT / "recipes" / "atlas_clip.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("atlas_clip")
 
 
 def test_smoke_preset_with_accelerate(recipe, tmp_path, cache, capsys):

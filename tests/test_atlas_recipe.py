@@ -1,6 +1,5 @@
 """recipes/atlas.py as a user runs it: the smoke preset by `accelerate launch`, own models and files, bad input."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -29,14 +28,8 @@ SCREEN = 30
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The script, imported by its path: `recipes/` is not a package."""
-    spec = importlib.util.spec_from_file_location("atlas_recipe", ROOT / "recipes" / "atlas.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
-        spec.loader.exec_module(module)
-        yield module
+def recipe(load_recipe):
+    return load_recipe("atlas")
 
 
 # ---- the embedded world ----

@@ -1,9 +1,7 @@
 """The YAML files: each says what the paper says, and runs through the whole recipe on a tiny model of its family."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,14 +47,8 @@ SHIPPED = {"llama2_7b": 4096, "llama2_13b": 6144, "gemma_7b": 4096}  # trained n
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The script, imported by its path: `recipes/` is not a package."""
-    spec = importlib.util.spec_from_file_location("lofit_recipe", ROOT / "recipes" / "lofit.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
-        spec.loader.exec_module(module)
-        yield module
+def recipe(load_recipe):
+    return load_recipe("lofit")
 
 
 def test_there_is_one_for_every_model_and_data_set():

@@ -2,10 +2,8 @@
 
 import csv
 import errno
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,14 +23,8 @@ LAYERS, HEADS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The script, imported by its path: `recipes/` is not a package."""
-    spec = importlib.util.spec_from_file_location("lofit_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
-        spec.loader.exec_module(module)
-        yield module
+def recipe(load_recipe):
+    return load_recipe("lofit")
 
 
 def save_model(config, folder: Path) -> str:

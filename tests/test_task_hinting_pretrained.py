@@ -1,8 +1,6 @@
 """recipes/task_hinting.py on pretrained models: the tasks as text, full fine-tuning and LoRA, the YAML files."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,14 +32,8 @@ SHORT = ["--preset", "smoke", "--use_cpu", "true", "--test_rows", "4", "--test_l
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The script, imported by its path: `recipes/` is not a package."""
-    spec = importlib.util.spec_from_file_location("task_hinting_recipe", ROOT / "recipes" / "task_hinting.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
-        spec.loader.exec_module(module)
-        yield module
+def recipe(load_recipe):
+    return load_recipe("task_hinting")
 
 
 def tiny(name="qwen3_06b"):

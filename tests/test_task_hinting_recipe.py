@@ -1,6 +1,5 @@
 """recipes/task_hinting.py as a user runs it: the smoke preset by `accelerate launch`, other tasks, bad input."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,14 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The script, imported by its path: `recipes/` is not a package."""
-    spec = importlib.util.spec_from_file_location("task_hinting_recipe", ROOT / "recipes" / "task_hinting.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their annotations up there
-        spec.loader.exec_module(module)
-        yield module
+def recipe(load_recipe):
+    return load_recipe("task_hinting")
 
 
 @pytest.fixture(scope="module")

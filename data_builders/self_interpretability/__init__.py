@@ -1,0 +1,1 @@
+"""Data for self-interpretability: choice contexts, hidden weights, decisions and reports."""
