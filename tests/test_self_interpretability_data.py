@@ -1,0 +1,145 @@
+"""Hidden weights, trials and their labels, words and how reports are read back, splits and leaks."""
+
+import json
+from collections import Counter
+from fractions import Fraction
+from random import Random
+
+import numpy as np
+import pytest
+
+from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
+from steerbook.data_builders.self_interpretability.splits import check_leaks, split_contexts
+from steerbook.data_builders.self_interpretability.texts import (
+    decision_prompt,
+    parse_report,
+    report_prompt,
+    report_text,
+)
+from steerbook.data_builders.self_interpretability.trials import (
+    Trial,
+    decimals,
+    difference,
+    draw_trial,
+    draw_weights,
+    label,
+)
+
+KINDS = (Attribute("caffeine", 0, 70, "mg"), Attribute("leaf_size", 0.1, 4, "mm"), Attribute("tar", 0, 0.04))
+TEA = Context("tea", "Imagine you are Ada. Which tea would you prefer?", KINDS)
+NAMES = ["caffeine", "leaf_size", "tar"]
+
+
+def contexts(count):
+    return [Context(f"c{n}", f"Which of kind {n}.?", TEA.attributes) for n in range(count)]
+
+
+def test_weights_are_uniform_scaled_to_100_and_rounded():
+    drawn = np.array([draw_weights(Random(seed), 5) for seed in range(4000)])
+    assert (np.abs(drawn).max(1) == 100).all() and drawn.dtype.kind == "i"
+    assert abs(drawn.mean()) < 2 and drawn.std() == pytest.approx(68.7, abs=1.5)  # spec 1.2: of the paper's own
+    assert (drawn < 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert draw_weights(Random(3), 5) == draw_weights(Random(3), 5) != draw_weights(Random(4), 5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "places"), [(0, 70, 0), (0, 5, 0), (0, 4.9, 1), (1, 2, 1), (0, 0.9, 2), (0, 0.04, 3)]
+)
+def test_decimals_by_size_of_the_range(low, high, places):
+    attribute = Attribute("x", low, high)
+    assert decimals(attribute) == places
+    values = {draw_trial(Random(n), Context("c", "q", (attribute, attribute))).a[0] for n in range(300)}
+    assert all(low <= value <= high and round(value, places) == value for value in values) and len(values) > 5
+
+
+def test_labels_by_exact_arithmetic():
+    rng, seen = Random(0), Counter()
+    for _ in range(500):
+        trial, weights = draw_trial(rng, TEA), draw_weights(rng, 3)
+        utility = [
+            sum(Fraction(w) * Fraction(v) / (Fraction(one.high) - Fraction(one.low))
+                for w, v, one in zip(weights, side, TEA.attributes, strict=True))
+            for side in (trial.a, trial.b)
+        ]  # fmt: skip
+        if abs(utility[0] - utility[1]) > Fraction(1, 10**9):
+            assert label(TEA, trial, weights) == ("A" if utility[0] > utility[1] else "B")
+            assert label(TEA, trial.swapped(), weights) != label(TEA, trial, weights)
+        seen[label(TEA, trial, weights)] += 1
+    assert min(seen.values()) > 200
+    assert label(TEA, Trial((1.0, 1.0, 0.0), (1.0, 1.0, 0.0)), (100, 0, 0)) == "B"  # a tie
+    assert difference(TEA, Trial((70, 4, 0.04), (0, 0.1, 0))) == pytest.approx((1, 1, 1))
+
+
+def test_words():
+    trial = Trial((67.0, 3.5, 0.012), (1.0, 0.2, 0.04))
+    system, user = decision_prompt(TEA, trial)
+    assert system["role"] == "system" and user["role"] == "user"
+    assert user["content"].startswith("[DECISION TASK] ")
+    assert user["content"].endswith(
+        "\n\nImagine you are Ada. Which tea would you prefer?\n"
+        "A:\ncaffeine: 67.0 mg\nleaf_size: 3.5 mm\ntar: 0.012\n\nB:\ncaffeine: 1.0 mg\nleaf_size: 0.2 mm\ntar: 0.04"
+    )
+    other, asked = report_prompt(TEA, trial)
+    assert other == system and asked["content"].startswith("[INTROSPECTION TASK] ") and " 3 dim" in asked["content"]
+    assert asked["content"].split("\n\n", 1)[1] == user["content"].split("\n\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (report_text(TEA, (100, -3.4, 0)), [100, -3, 0]),
+        ('```json\n{"caffeine": 1, "leaf_size": 2.5, "tar": -3}\n```', [1, 2.5, -3]),
+        (' {"tar": 3, "caffeine": 1, "leaf_size": 2} ', [1, 2, 3]),
+        ('{"caffeine": 1, "leaf_size": 2}', None),
+        ('{"caffeine": 1, "leaf_size": 2, "tar": 3, "price": 4}', None),
+        ('{"caffeine": "1", "leaf_size": 2, "tar": 3}', None),
+        ('{"caffeine": true, "leaf_size": 2, "tar": 3}', None),
+        ('{"caffeine": NaN, "leaf_size": 2, "tar": 3}', None),
+        ("A", None),
+        ("[1, 2, 3]", None),
+        ("", None),
+    ],
+)
+def test_reports_are_read_strictly(text, wanted):
+    assert parse_report(TEA, text) == wanted
+
+
+def test_splits_are_fixed_by_a_hash_and_folds_swap():
+    given = contexts(60)
+    one, other = (split_contexts(given, 0, fold, 40, 10, 5) for fold in (0, 1))
+    assert [len(part) for part in (one.report_train, one.report_dev, one.report_test, one.native, one.never)] == [
+        16, 4, 20, 10, 5]  # fmt: skip
+    assert len(one.roles()) == 55
+    assert set(other.report_test) == set(one.report_train + one.report_dev)
+    assert set(other.report_train + other.report_dev) == set(one.report_test)
+    assert (one.native, one.never) == (other.native, other.never)
+    assert split_contexts(given[::-1], 0, 0, 40, 10, 5) == one
+    assert split_contexts(given, 1, 0, 40, 10, 5) != one
+    with pytest.raises(ValueError, match="there are 60"):
+        split_contexts(given, 0, 0, 50, 10, 5)
+    with pytest.raises(ValueError, match="fold 2"):
+        split_contexts(given, 0, 2, 40, 10, 5)
+
+
+def row(context, task="report", completion="{}", about=None):
+    about = about or context
+    return {"context": context.name, "task": task, "completion": [{"role": "assistant", "content": completion}],
+            "prompt": decision_prompt(about, draw_trial(Random(0), about))}  # fmt: skip
+
+
+def test_leaks_are_found_by_name_and_by_text():
+    split = split_contexts(contexts(30), 0, 0, 20, 5, 5)
+    train, test, native, never = split.report_train[0], split.report_test[0], split.native[0], split.never[0]
+    fine = [row(train), row(train, "decision", "A"), row(test, "decision", "B")]
+    check_leaks({"train": fine}, split)
+    for bad, message in (
+        (row(test), f"train row 4: a report of the context '{test.name}', which is report_test"),
+        (row(native, "decision", "A"), "which is native"),
+        (row(never), "which is never"),
+        (row(train, "decision", "A, as 100 > 3"), "not A or B"),
+        (row(train, about=test), f"holds the question of '{test.name}', which is report_test"),
+        (row(test, "decision", "A", about=native), f"holds the question of '{native.name}', which is native"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            check_leaks({"train": [*fine, bad]}, split)
+    assert json.loads(report_text(TEA, (1, 2, 3))) == dict(zip(NAMES, (1, 2, 3), strict=True))
