@@ -8,7 +8,7 @@ demo: .venv/core
 	.venv/bin/accelerate launch recipes/lofit.py
 
 test: .venv/dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/dev
 	.venv/bin/ruff check .
