@@ -38,6 +38,11 @@ def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrained
     if base is None:
         raise ValueError(f"{name}: adapter_config.json names no base model; pass it with --base")
     model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision if config else None, dtype="auto")
+    if hasattr(model.config.get_text_config(), "length_softmax"):
+        raise ValueError(
+            f"{name} was trained with a softmax of its own, which from_pretrained leaves out: load it with `load` of "
+            "steerbook.trainers.task_hinting, and score it with `evaluate` of steerbook.eval.task_hinting"
+        )
     if adapter:
         model = PeftModel.from_pretrained(model, name)
     tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)

@@ -240,7 +240,7 @@ def check(settings: Settings) -> None:
     data, training = settings.data, settings.training
     used = dict.fromkeys(hint for arm in settings.planned for hint in arm.hints)
     side = side_of(settings, hints=list(used), rows_seed=settings.recipe.seeds[0])
-    parse_weights(training.weights, [data.main, *used])
+    parse_weights(training.weights, [data.main, *used], training.max_steps)
     cut = training.gradient_accumulation_steps * training.world_size
     for arm in settings.planned:
         rows = sum(task.rows for task in tasks_of(data, arm))

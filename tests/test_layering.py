@@ -173,7 +173,9 @@ def test_public_names_of_the_trainers():
                 "LengthSoftmax",
                 "ScratchConfig",
                 "length_softmax",
+                "load",
                 "named_tokenizer",
+                "save",
                 "scratch_model",
                 "use_length_softmax",
             ],
@@ -191,6 +193,7 @@ def test_public_names_of_the_trainers():
         ("eval.lofit", ["evaluate", "exact_match", "head_overlap", "multiple_choice"]),
         ("data_builders.atlas", ["AtlasDataArguments", "build"]),
         ("eval.atlas", ["accuracy", "classify", "disentanglement", "evaluate", "normalised", "predicted"]),
+        ("eval.self_interpretability", ["agreement", "fit_weights", "gain", "linearity", "permuted"]),
         ("eval.choices", ["choice_logprobs"]),
     ],
 )

@@ -78,6 +78,42 @@ def test_a_streams_texts_are_those_of_the_builder_tokenised_as_trl_does(tmp_path
     assert found == wanted
 
 
+def following(rows):
+    """Of all rows: what is seen -> the next tokens that are asked for."""
+    found = {}
+    for ids, targets in rows:
+        for place, target in enumerate(targets):
+            if target:
+                found.setdefault(tuple(ids[:place]), set()).add(ids[place])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("hint", "changes", "shared"),
+    [("successor", {}, True), ("min", {}, True), ("run", {"repetitions": True}, True), ("restrict", {}, True),
+     ("predecessor", {}, False), ("copy", {}, False)],
+)  # fmt: skip
+def test_a_hint_in_the_main_tasks_words_never_contradicts_it(hint, changes, shared):
+    """The same text, the same next token; in the stream of texts, and in rows that all end (`build`)."""
+    _, tokenizer = tiny()
+    args = HintingDataArguments(hints=[hint], longest=3, values=8, queries=1, main_rows=400, hint_rows=400,
+                                test_lengths=[3], train_rows=800, test_rows=2, **changes)  # fmt: skip
+    stream = TextStream(make_stream(args), tokenizer)
+    assert stream.tasks[1].shared is shared
+    step = stream.step(0)
+    rows = list(zip(step.ids.tolist(), step.targets.tolist(), step.tasks.tolist(), strict=True))
+    main, other = (following([row[:2] for row in rows if row[2] == task]) for task in (0, 1))
+    both = main.keys() & other.keys()
+    assert all(main[text] == other[text] and len(main[text]) == 1 for text in both)
+    assert len(both) > 50 if shared else not both
+    told = {}
+    for row in build(args)["train"]:
+        told.setdefault(row["prompt"], set()).add(row["completion"])
+    assert all(len(answers) == 1 for answers in told.values())
+    starts = {row["prompt"].partition(":")[0] for row in build(args)["train"] if row["task"] == hint}
+    assert starts == ({"Sort"} if hint == "restrict" else {hint.capitalize()})
+
+
 def test_a_stream_of_text_needs_one_question_and_an_end():
     _, tokenizer = tiny()
     with pytest.raises(ValueError, match="queries=1"):

@@ -140,6 +140,9 @@ def test_dry_run_shows_rows_and_cost_and_leaves_nothing(recipe, tmp_path, capsys
         (["--positions", "learned"], ["learned positions for 64 tokens", "raise --table to 74"]),
         (["--weights", "successor=-1"], ["finite and not negative"]),
         (["--weights", "sort=0"], ["gives the main task sort nothing"]),
+        (["--weights", "sort=linear:0:10:0:0"], ["gives the main task sort nothing", "at some step"]),
+        (["--weights", "sort=first:500"], ["gives the main task sort nothing", "at some step"]),
+        (["--arms", "untouched"], ["--arms: nothing is trained"]),
         (["--prompt_style", "shared", "--hints", "predecessor"], ["predecessor contradicts sort"]),
         (["--softmax_n0", "1"], ["n0=1.0"]),
         (

@@ -9,6 +9,7 @@ import steerbook.eval.task_hinting.text as text_module
 from steerbook.data_builders.task_hinting import HintingDataArguments, build
 from steerbook.eval.task_hinting import evaluate
 from steerbook.eval.task_hinting.__main__ import main
+from steerbook.trainers.task_hinting import LengthSoftmax, save, use_length_softmax
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 
@@ -90,4 +91,9 @@ def test_the_command_scores_a_saved_model(tmp_path, capsys):
         ["--model", str(tmp_path / "model"), "--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "o.json")]
     )
     assert "em/addition/2" in capsys.readouterr().out
+    use_length_softmax(model, LengthSoftmax("log", 5.0))
+    save(model, tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    with pytest.raises(SystemExit, match="a softmax of its own, which from_pretrained leaves out"):
+        main(["--model", str(tmp_path / "own"), "--rows", str(tmp_path / "rows.jsonl")])
     assert len(json.loads((tmp_path / "o.json").read_text())["samples"]) == 4

@@ -130,7 +130,7 @@ def test_schedules_by_hand():
 )
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):
-        parse_weights(weights, ["sort", "min"])
+        parse_weights(weights, ["sort", "min"], 100)
 
 
 def config(folder, batch=8, accumulation=1, steps=4, **more):

@@ -117,8 +117,13 @@ def make_family(args: HintingDataArguments) -> Family:
     return found
 
 
-def tasks(args: HintingDataArguments, hints: Sequence[str] | None = None, extra: int = 0) -> list[Task]:
+def tasks(
+    args: HintingDataArguments, hints: Sequence[str] | None = None, extra: int = 0, ending: bool = False
+) -> list[Task]:
     """The main task (with `extra` rows more) and the hints (default: those of `args`), in the style asked for.
+
+    `ending`: every answer will be followed by an end, as in rows of text; then a hint contradicts the main task, too,
+    if its answers end where the main task's go on.
 
     Raises:
         ValueError: `prompt_style` "shared" where a hint contradicts the main task, with an example.
@@ -128,8 +133,9 @@ def tasks(args: HintingDataArguments, hints: Sequence[str] | None = None, extra:
     made = [Task(args.main, args.main_rows + extra, args.shortest, args.longest, args.lengths)]
     for hint in args.hints if hints is None else hints:
         longest = args.longest if args.hint_longest is None else args.hint_longest
-        shared = args.prompt_style == "shared" or (args.prompt_style == "auto" and not contradictions(args, hint))
-        if args.prompt_style == "shared" and (found := contradictions(args, hint)):
+        found = contradictions(args, hint, ending)
+        shared = args.prompt_style == "shared" or (args.prompt_style == "auto" and not found)
+        if args.prompt_style == "shared" and found:
             raise ValueError(
                 f"--prompt_style shared: the hint {hint} contradicts {args.main}: {found[0]}. Use distinct, or auto"
                 + (", or --queries 1" if args.queries > 1 else "")
@@ -138,12 +144,22 @@ def tasks(args: HintingDataArguments, hints: Sequence[str] | None = None, extra:
     return [task for task in made if task.rows]
 
 
-def contradictions(args: HintingDataArguments, hint: str) -> list[str]:
-    """Where a hint behind the main task's own mark would want another next token than the main task."""
+def contradictions(args: HintingDataArguments, hint: str, ending: bool = False) -> list[str]:
+    """Where a hint behind the main task's own mark would want another next token than the main task; see `tasks`."""
     from .arrays import NumpyArrays
-    from .family import conflicts
+    from .family import EOS, conflicts, make_rows
 
-    return conflicts(make_family(args), NumpyArrays(0), hint, args.longest, shared=True, queries=args.queries)
+    family, arrays = make_family(args), NumpyArrays(0)
+    found = conflicts(family, arrays, hint, args.longest, shared=True, queries=args.queries)
+    if found or not ending:
+        return found
+    lengths = arrays.full((64,), args.longest)
+    rows = make_rows(family, arrays, hint, lengths, args.longest, shared=True, queries=args.queries)
+    for ids, targets in zip(rows.ids.tolist(), rows.targets.tolist(), strict=True):
+        answer = [token for token, target in zip(ids, targets, strict=True) if target]
+        if answer[-1] != EOS or len(answer) == 1:
+            return [f"its answer {family.text(hint, ids, targets)[1]!r} ends where that of {args.main} goes on"]
+    return []
 
 
 def make_stream(
@@ -151,12 +167,13 @@ def make_stream(
     hints: Sequence[str] | None = None,
     extra: int = 0,
     arrays: Callable[[Sequence[int]], Arrays] | None = None,
+    ending: bool = False,
 ) -> Stream:
     """Rows of tokens for training; see `tasks`. `arrays`: draws them elsewhere than NumPy."""
     from .arrays import NumpyArrays
     from .stream import Stream
 
-    chosen = tasks(args, hints, extra)
+    chosen = tasks(args, hints, extra, ending)
     rows = sum(task.rows for task in chosen)
     steps = None if args.train_rows is None else max(1, args.train_rows // rows)
     return Stream(make_family(args), chosen, args.rows_seed, args.mix, steps, arrays or NumpyArrays)
@@ -178,7 +195,7 @@ def build(args: HintingDataArguments) -> DatasetDict:
     from datasets import Dataset, DatasetDict
 
     args = replace(args, queries=1)
-    rows = make_stream(args)
+    rows = make_stream(args, ending=True)
     count = args.train_rows or 10_000
     names, world = [task.name for task in rows.tasks], rows.family
     train: list[dict[str, Any]] = []

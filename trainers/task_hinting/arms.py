@@ -77,7 +77,9 @@ class ArmArguments:
         LengthSoftmax(self.softmax_rule, self.softmax_n0 or 2.0)
 
     def planned(self, hints: Collection[str], pretrained: bool = False) -> list[Arm]:
-        """All models to measure, in the table's order; ValueError for a control among the hints."""
+        """All models to measure, in the table's order; ValueError for a control among the hints, or none to train."""
+        if set(self.arms) <= {"untouched"}:
+            raise ValueError("--arms: nothing is trained; name another arm beside untouched")
         if "control" in self.arms and self.control_hint in hints:
             raise ValueError(f"--control_hint {self.control_hint} is one of --hints; name another, or drop the arm")
         made = {

@@ -59,12 +59,12 @@ class Schedule:
         return before + (after - before) * done
 
 
-def parse_weights(texts: Sequence[str] | None, tasks: Sequence[str]) -> Mapping[str, Schedule]:
+def parse_weights(texts: Sequence[str] | None, tasks: Sequence[str], steps: int) -> Mapping[str, Schedule]:
     """`task=weight` texts to a schedule for every task, 1 for those not named.
 
     Raises:
         ValueError: a task that is not there or is named twice, a bad weight, or no weight over 0 for the main task
-            (the first of `tasks`).
+            (the first of `tasks`) in any of the `steps` of a run (not known if below 1).
     """
     found = {task: Schedule("constant", (1.0,)) for task in tasks}
     seen = set()
@@ -79,6 +79,6 @@ def parse_weights(texts: Sequence[str] | None, tasks: Sequence[str]) -> Mapping[
         except ValueError as error:
             raise ValueError(f"--weights {text}: {error}") from error
     main = found[tasks[0]]
-    if (main.kind == "constant" and main.numbers[0] == 0) or (main.kind == "step" and max(main.numbers[1:]) == 0):
-        raise ValueError(f"--weights gives the main task {tasks[0]} nothing; it needs a weight over 0")
+    if not any(main(step) for step in range(steps)) and (steps > 0 or main.kind == "constant" and not main(0)):
+        raise ValueError(f"--weights gives the main task {tasks[0]} nothing; it needs a weight over 0 at some step")
     return found

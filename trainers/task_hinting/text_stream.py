@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..multitask import completion_tokens
 
+EOS = 1  # in a stream's rows
+
 
 class TextStep(NamedTuple):
     """The rows of one optimiser step, padded at their ends."""
@@ -25,6 +27,9 @@ class TextStream:
     """What `HintingTrainer` trains a pretrained model on, made of `data_builders.task_hinting.make_stream`.
 
     Tokenised as TRL tokenises prompt and completion (`completion_tokens`); loss on the completion and the end of text.
+    A hint behind the main task's own mark only goes on from where it stands: there the end of text carries loss where
+    the main task's answer ends as well, and is the whole answer behind the last item. (TRL would end every completion,
+    and so contradict the main task.)
 
     Raises:
         ValueError: a tokenizer without an end-of-text token, or tasks with several questions a row (`queries`).
@@ -46,16 +51,21 @@ class TextStream:
     def step(self, number: int) -> TextStep:
         """The rows of step `number`, counted from 0."""
         made = self.stream.step(number)
-        names = [self.tasks[place].name for place in made.tasks.tolist()]
-        rows = zip(names, made.ids.tolist(), made.targets.tolist(), strict=True)
-        texts = [self.stream.family.text(name, ids, targets) for name, ids, targets in rows]
-        whole, begun = completion_tokens(self.tokenizer, *zip(*texts, strict=True))
+        prompts, completions, ended = [], [], []
+        for place, ids, targets in zip(made.tasks.tolist(), made.ids.tolist(), made.targets.tolist(), strict=True):
+            answer = [token for token, target in zip(ids, targets, strict=True) if target]
+            prompt, completion = self.stream.family.text(self.tasks[place].name, ids, targets)
+            shared = self.tasks[place].shared
+            prompts.append(prompt)
+            completions.append("" if shared and answer == [EOS] else completion)
+            ended.append(not shared or answer[-1] == EOS)
+        whole, begun = completion_tokens(self.tokenizer, prompts, completions)
         width = max(map(len, whole))
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in whole])
         starts, ends = torch.tensor(begun)[:, None], torch.tensor([len(row) for row in whole])[:, None]
         place = torch.arange(width)
-        targets = (place >= starts) & (place < ends)
+        targets = (place >= starts) & (place < ends - ~torch.tensor(ended)[:, None] * 1)
         return TextStep(ids, targets, torch.as_tensor(made.lengths), torch.as_tensor(made.tasks))
 
 

@@ -111,7 +111,7 @@ class HintingTrainer(MultiTaskTrainer):
         names = sorted(set(train_dataset["task"])) if "task" in train_dataset.column_names else []
         if main is None or main not in names:
             raise ValueError(f"main={main!r} is the task of no row; there are {', '.join(names) or 'none'}")
-        schedules = parse_weights(args.weights, [main, *(name for name in names if name != main)])
+        schedules = parse_weights(args.weights, [main, *(name for name in names if name != main)], args.max_steps)
         self.stream, self.main = stream, main
         super().__init__(model, args, train_dataset, **kwargs)
         self.schedules = [schedules[task] for task in self.tasks]
