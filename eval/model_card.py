@@ -11,6 +11,7 @@ TOY = (
     "> **A toy.** This run tuned a tiny model that was built on the spot, to show the method at work. "
     "Its numbers say nothing about large models."
 )
+FEW = 30  # lines of a list that people read
 
 
 def model_card(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
@@ -28,8 +29,10 @@ def model_card(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         parts.append(f"Trainable parameters: {_plain(results['trainable_parameters'])}.")
     if results.get("adapter") and base:
         parts += ["## Use", _loading(base, results["adapter"])]
+    elif results.get("model"):
+        parts += ["## Use", _loading_whole(results["model"])]
     if "metrics" in results:
-        parts += ["## Results", "Mean with a 95 % interval.", _table(results["metrics"])]
+        parts += ["## Results", "Mean with a 95 % interval.", _tables(results["metrics"])]
     if results.get("claims"):
         parts += ["## Claims", _claims(results["claims"])]
     if figures:
@@ -66,22 +69,52 @@ model = PeftModel.from_pretrained(model, {adapter!r})
 ```"""
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
-    """A row for each method (`before`, `after`, and those inside other sections), a column for each metric."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    rest: dict[str, Any] = {}
+def _loading_whole(model: Mapping[str, str]) -> str:
+    return f"""From this folder:
+
+```python
+from {model["module"]} import {model["function"]}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model["folder"]!r})
+model = {model["function"]}({model["folder"]!r})
+```"""
+
+
+def _tables(metrics: Mapping[str, Any]) -> str:
+    """A row for each method (`before`, `after`, and those inside other sections), a column for each metric; sections
+    without a metric in common make tables of their own. What is not of that form: up to `FEW` numbers a section."""
+    tables: list[dict[str, Mapping[str, Any]]] = []
+    rest: list[str] = []
     for section, content in metrics.items():
-        for name, methods in {section: content, **(content if isinstance(content, Mapping) else {})}.items():
-            if isinstance(methods, Mapping) and methods and all(_is_metric(value) for value in methods.values()):
-                rows[name] = methods
-        if section not in rows and not (isinstance(content, Mapping) and all(name in rows for name in content)):
-            rest[section] = content
+        inside = content if isinstance(content, Mapping) else {}
+        rows = {
+            name: methods
+            for name, methods in {section: content, **inside}.items()
+            if isinstance(methods, Mapping) and methods and all(_is_metric(value) for value in methods.values())
+        }
+        columns = {column for methods in rows.values() for column in methods}
+        if rows:
+            same = (table for table in tables if any(columns & methods.keys() for methods in table.values()))
+            into = next(same, None)
+            if into is None:
+                tables.append(rows)
+            else:
+                into |= rows
+        if section not in rows and not (inside and all(name in rows for name in inside)):
+            leaves = _bullets({section: content})
+            more = f"- {section}: in `results.json`"
+            rest += [more if leaves.count("\n") >= FEW else leaves] if leaves else []
+    return "\n\n".join([*map(_table, tables), *(["\n".join(rest)] if rest else [])])
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for methods in rows.values() for name in methods))
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, methods in rows.items():
         cells = [_interval(methods[column]) if column in methods else "" for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (f"\n\n{_bullets(rest)}" if rest else "")
+    return "\n".join(lines)
 
 
 def _is_metric(value: Any) -> bool:

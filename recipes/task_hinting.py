@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
-from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, fit
+from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, check_cut, fit
 from steerbook.trainers.task_hinting.arrays import TorchArrays
 from steerbook.trainers.task_hinting.dry_run import show_cost
 from steerbook.trainers.task_hinting.schedules import parse_weights
@@ -56,8 +57,8 @@ COMMON = {  # spec 3.1
 PRESETS: dict[str, dict[str, Any]] = {
     "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 1800, "warmup_steps": 120, "test_rows": 500},
     "smoke": COMMON | {
-        "seeds": [0], "max_steps": 500, "warmup_steps": 40, "arms": ["standard", "hint"], "test_rows": 200,
-        "logging_steps": 50},
+        "seeds": [0], "max_steps": 600, "warmup_steps": 50, "arms": ["standard", "hint"],
+        "hints": ["successor", "predecessor"], "test_rows": 100, "logging_steps": 50},
     "paper": COMMON | {  # spec 3.5; what is not known of the paper is spec 1.6's default
         "seeds": [0, 1, 2], "repetitions": True, "values": 100, "longest": 20, "hints": ["successor", "run"],
         "test_lengths": [20, 30, 40, 50, 75, 100], "main_rows": 1024, "hint_rows": 512, "hidden_size": 256,
@@ -119,6 +120,8 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **presets[recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
+    if settings.training.gradient_cosine and settings.data.mix == "alternate":
+        raise ValueError("--gradient_cosine compares tasks of one step, and --mix alternate has one task a step")
     unused, why = (settings.scratch, "is for models from scratch") if settings.pretrained else (
         settings.model, "is for a pretrained model: name it with --model_name_or_path")  # fmt: skip
     for name, value in vars(unused).items():
@@ -154,9 +157,10 @@ class Scratch:
         arrays = None if device.type == "cpu" else partial(TorchArrays, device=device)  # made where they are read
         return hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra, arrays)
 
-    def measure(self, model: Any, tokenizer: Any, probes: bool) -> dict[str, Any]:
+    def measure(self, model: Any, tokenizer: Any, hints: Sequence[str], probes: bool) -> dict[str, Any]:
+        own = {hint: hinting_data.test_sets(self.data, hint) for hint in hints}
         probed = self.probed if probes else None
-        return measure_tokens(model, self.tests, self.size, sorts=self.data.main == "sort", probed=probed,
+        return measure_tokens(model, self.tests, self.size, hints=own, sorts=self.data.main == "sort", probed=probed,
                               telling=items)  # fmt: skip
 
 
@@ -177,9 +181,10 @@ class Pretrained:
     def stream(self, arm: Arm, tokenizer: Any) -> Any:
         return TextStream(hinting_data.make_stream(self.data, arm.hints, self.data.hint_rows * arm.extra), tokenizer)
 
-    def measure(self, model: Any, tokenizer: Any, probes: bool) -> dict[str, Any]:
+    def measure(self, model: Any, tokenizer: Any, hints: Sequence[str], probes: bool) -> dict[str, Any]:
+        own = {hint: hinting_data.text_tests(self.data, hint) for hint in hints}
         size = self.settings.recipe.eval_batch_size
-        return measure_texts(model, tokenizer, self.tests, self.unrelated, size, progress=True)
+        return measure_texts(model, tokenizer, self.tests, self.unrelated, size, hints=own, progress=True)
 
 
 def side_of(settings: Settings, **changes: Any) -> Scratch | Pretrained:
@@ -200,7 +205,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
 
     def record(arm: Arm, fitted: Fit, tokenizer: Any, at_test: LengthSoftmax | None = None) -> None:
         plain = at_test is None and not (arm.softmax or arm.extra or arm.key.startswith("control"))
-        measured = side.measure(fitted.model, tokenizer, probes=plain)
+        measured = side.measure(fitted.model, tokenizer, arm.hints, probes=plain)
         facts = {
             "name": arm.key, "at_test": at_test is not None, "longest": longest, "trained": fitted.trained,
             "order": [settings.planned.index(arm), at_test is not None],
@@ -241,14 +246,8 @@ def check(settings: Settings) -> None:
     used = dict.fromkeys(hint for arm in settings.planned for hint in arm.hints)
     side = side_of(settings, hints=list(used), rows_seed=settings.recipe.seeds[0])
     parse_weights(training.weights, [data.main, *used], training.max_steps)
-    cut = training.gradient_accumulation_steps * training.world_size
-    for arm in settings.planned:
-        rows = sum(task.rows for task in tasks_of(data, arm))
-        if rows % cut and arm.key != "untouched":
-            raise ValueError(
-                f"{arm.key} has {rows} rows a step, which --gradient_accumulation_steps "
-                f"{training.gradient_accumulation_steps} x {training.world_size} processes do not divide"
-            )
+    trained = [arm for arm in settings.planned if arm.key != "untouched"]
+    check_cut({arm.key: sum(task.rows for task in tasks_of(data, arm)) for arm in trained}, training)
     if settings.pretrained:
         settings.arms.check_pretrained(data.hints, data.queries, settings.model)
     else:

@@ -194,7 +194,7 @@ def test_text_says_the_same():
 
     def rows(args):
         data = build(HintingDataArguments(**args, train_rows=150, test_lengths=[5, 9], test_rows=20))
-        assert set(data) == {"train", "test_5", "test_9"} and len(data["train"]) == 150
+        assert set(data) == {"train", "test_5", "test_9"} and len(data["train"]) == 225
         return [row for row in (*data["train"], *data["test_9"]) if row["role"] == "main"]
 
     for row in rows({"main": "sort", "repetitions": True}):
@@ -253,7 +253,13 @@ def test_mixes():
         return [np.bincount(stream.step(number).tasks, minlength=3).tolist() for number in range(300)]
 
     assert counts("fixed") == [[6, 3, 1]] * 300
-    assert counts("alternate")[:4] == [[10, 0, 0], [0, 10, 0], [0, 0, 10], [10, 0, 0]]
+    turns = np.array(counts("alternate"))
+    assert set(map(tuple, turns.tolist())) == {(10, 0, 0), (0, 10, 0), (0, 0, 10)}
+    assert (turns.reshape(30, 10, 3).mean(1) == [6, 3, 1]).all()  # in each round as many rows of each as "fixed" has
+    turns = [
+        Stream(family, [Task("sort", 64, 2, 5), Task("min", 32, 2, 5)], 0, "alternate")._counts(n) for n in range(4)
+    ]
+    assert turns == [[96, 0], [0, 96], [96, 0], [96, 0]]
     drawn = np.array(counts("random"))
     assert (drawn.sum(1) == 10).all() and len(set(map(tuple, drawn.tolist()))) > 10
     assert np.abs(drawn.mean(0) - [6, 3, 1]).max() < 0.35  # five standard errors
@@ -263,11 +269,23 @@ def test_mixes():
         assert ("=>", "<min>", "<max>")[task] in [names[token] for token in ids]
 
 
-def test_finite_rows_come_again():
-    stream = make_stream(HintingDataArguments(train_rows=3 * 96))
-    assert stream.steps == 3
-    assert np.array_equal(stream.step(1).ids, stream.step(4).ids)
-    assert not np.array_equal(stream.step(1).ids, stream.step(2).ids)
+@pytest.mark.parametrize("mix", ["fixed", "random", "alternate"])
+@pytest.mark.parametrize(("hints", "extra"), [([], 0), ([], 3), (["successor"], 0)])
+@pytest.mark.parametrize(("main_rows", "hint_rows"), [(6, 3), (10, 10), (7, 3)])
+def test_every_arm_has_the_same_finite_rows_of_the_main_task(mix, hints, extra, main_rows, hint_rows):
+    """However many come at a step: the first `train_rows` of the endless stream, again and again, in their order."""
+    args = {"main_rows": main_rows, "hint_rows": hint_rows, "mix": mix}
+    stream = make_stream(HintingDataArguments(**args, train_rows=20), hints, extra)
+    endless = make_stream(HintingDataArguments(main_rows=20, hint_rows=20 * hint_rows // main_rows), hints).step(0)
+    given = [[np.trim_zeros(ids).tobytes() for ids in endless.ids[endless.tasks == task]] for task in (0, 1)]
+    seen: dict[int, list[bytes]] = {0: [], 1: []}
+    for number in range(60):
+        step = stream.step(number)
+        for ids, task in zip(step.ids, step.tasks.tolist(), strict=True):
+            seen[task].append(np.trim_zeros(ids).tobytes())
+    for rows, wanted in zip(seen.values(), given, strict=True):
+        assert set(rows) == set(wanted)
+        assert mix != "fixed" or all(row == wanted[place % len(wanted)] for place, row in enumerate(rows))
 
 
 def test_longer_lengths_are_drawn_in_proportion():

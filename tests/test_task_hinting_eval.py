@@ -210,7 +210,8 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
     assert found["metrics"]["errors"]["standard"]["36"]["wrong next"] == 1.0
     assert found["cost"]["peak_memory_bytes"]["softmax"] == 7_000_000
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
-    assert figures == {"accuracy.png", "attention.png", "errors.png", "loss_seed_0.png"}
+    heads = {f"attention_heads_seed_{seed}.png" for seed in range(3)}
+    assert figures == {"accuracy.png", "attention.png", "errors.png", "loss.png"} | heads
     for text in ("seeds at 30", "under 90 %", "supported", "In training up to 6 items"):
         assert text in output
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()

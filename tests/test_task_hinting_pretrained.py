@@ -1,6 +1,7 @@
 """recipes/task_hinting.py on pretrained models: the tasks as text, full fine-tuning and LoRA, the YAML files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def addition(**changes):
 def test_a_streams_texts_are_those_of_the_builder_tokenised_as_trl_does(tmp_path):
     """TRL's own trainer on the rows of `build` is the oracle."""
     model, tokenizer = tiny()
-    args = addition(train_rows=16)
+    args = addition(train_rows=12)
     stream = TextStream(make_stream(args), tokenizer)
     made = build(args)["train"]
     config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], completion_only_loss=True)
@@ -129,6 +130,21 @@ def test_text_tests_are_the_builders():
     assert {f"test_{n}": rows for n, rows in text_tests(args).items()} == {
         name: splits[name].to_list() for name in ("test_3", "test_5")
     }
+
+
+def test_text_tests_of_hints():
+    """Behind the main task's mark the end is no word, and a model goes on with the main task's answer."""
+    args = HintingDataArguments(hints=["successor"], queries=1, values=12, test_lengths=[4], test_rows=40)
+    ends = 0
+    for row in text_tests(args, "successor")[4]:
+        shown, _, x = row["prompt"].removeprefix("Sort: ").partition(" => ")
+        above = sorted(int(item) for item in shown.split() if int(item) > int(x))
+        assert row["completion"] == (f" {above[0]}" if above else "") and row["task"] == "successor"
+        assert row.get("goes_on", False) == bool(above)
+        ends += not above
+    assert 0 < ends < 40
+    own = text_tests(replace(args, prompt_style="distinct"), "successor")[4]
+    assert not any("goes_on" in row for row in own) and all(row["completion"] for row in own)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -202,11 +218,15 @@ def test_all_arms_of_all_weights(recipe, base, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["status"] == "finished" and found["toy"] is False
     assert found["base_model"]["name"] == "qwen3_06b" and str(tmp_path) not in json.dumps(found)
-    rows = {"standard, 8 rows": found["metrics"]["before"], **found["metrics"]["others"]}
+    rows = {"untouched": found["metrics"]["before"], **found["metrics"]["others"]}
     texts = {name: row["text perplexity"]["value"] for name, row in rows.items()}
     # all weights moved in every arm, whether or not the softmax is switched on
-    assert len(texts) == len(set(texts.values())) == 11 and "untouched" in texts
+    assert len(texts) == len(set(texts.values())) == 12 - 1
     assert set(found["metrics"]["prompt_tokens"]) == {"3", "5"}
+    assert [
+        name for name in found["metrics"]["hints"] if "hint carry" not in name and "control copy" not in name
+    ] == []
+    assert len(found["metrics"]["hints"]) == 5 and len(found["metrics"]["tokens"]) == 11
     folder = tmp_path / "run" / "seed_0"
     assert not (folder / "untouched" / "model").exists()
     tuned, untouched = load(folder / "softmax" / "model"), load(base / "qwen3_06b")
@@ -216,7 +236,7 @@ def test_all_arms_of_all_weights(recipe, base, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "text perplexity" in output and "Prompts in tokens: 3 items" in output and "A toy" not in output
     assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {
-        "accuracy.png", "errors.png", "loss_seed_0.png"}  # fmt: skip
+        "accuracy.png", "errors.png", "loss.png"}  # fmt: skip
 
 
 def test_adapters_are_saved_as_such_and_merged_with_a_softmax(recipe, base, tmp_path):

@@ -42,7 +42,7 @@ def test_answers_are_compared_strictly(monkeypatch):
     formed = [sample["metrics"]["formed"] for sample in found["samples"]]
     assert em[:8] == [1, 1, 1, 0, 0, 0, 1, 0] and not any(em[8:])
     assert formed[:8] == [1, 1, 1, 1, 0, 0, 1, 0] and all(formed[8:])
-    assert list(found["metrics"]) == ["em/addition/2", "em/addition/4", "formed/addition/2", "formed/addition/4"]
+    assert list(found["metrics"]) == [f"{name}/addition/{n}" for name in ("em", "formed", "tokens") for n in (2, 4)]
     assert found["metrics"]["em/addition/2"]["value"] == pytest.approx(0.4)
     assert found["metrics"]["em/addition/4"]["value"] == 0.0 and found["metrics"]["em/addition/4"]["n"] == 10
     assert found["samples"][3]["answer"] == texts[3].strip() and "answer" not in found["samples"][0]
@@ -53,7 +53,34 @@ def test_words_where_words_are_asked_for(monkeypatch):
     row = {"task": "member", "items": 3, "prompt": "Is there a in: abc =>", "completion": " yes"}
     monkeypatch.setattr(text_module, "generate", lambda *_, **__: [" yes", " no", " 1"])
     found = evaluate(*tiny(), [row] * 3)
-    assert [tuple(s["metrics"].values()) for s in found["samples"]] == [(1, 1), (0, 1), (0, 0)]
+    assert [tuple(s["metrics"].values()) for s in found["samples"]] == [(1, 1, 1), (0, 0, 1), (0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer", "goes_on", "metrics", "error"),
+    [
+        (" 7 7 41", " 7 7 41", False, (1, 1, 1), None),
+        (" 7 7 41", " 7 7 93", False, (0, 0.75, 1), "wrong next"),
+        (" 7 7 41", " 7 7", False, (0, 0.5, 1), "end"),
+        (" 7 7 41", " 7 7 41 93", False, (0, 0.75, 1), "end"),
+        (" 7 7 41", " 7 41", False, (0, 0.25, 1), "stopped repeating"),
+        (" 12", " 13", False, (0, 2 / 3, 1), "wrong next"),  # digits: the second is wrong, the end is in its place
+        (" 12", "", False, (0, 0, 0), "format"),
+        (" 93", " 93 97 99", True, (1, 1, 1), None),
+        (" 93", " 93 97 99", False, (0, 0.5, 1), "end"),
+        (" 9", " 93", True, (0, 0.5, 1), "end"),
+        (" 7 9", " 7 9 11", True, (1, 1, 1), None),
+        ("", "", False, (1, 1, 1), None),
+        ("", " 93", False, (0, 0, 0), "format"),
+    ],
+)
+def test_a_single_answer(monkeypatch, wanted, answer, goes_on, metrics, error):
+    """Right throughout, share of parts and end in their places, form: all by hand."""
+    row = {"task": "sort", "items": 3, "prompt": "Sort: 7 =>", "completion": wanted}
+    monkeypatch.setattr(text_module, "generate", lambda *_, **__: [answer])
+    sample = evaluate(*tiny(), [row | ({"goes_on": True} if goes_on else {})])["samples"][0]
+    assert tuple(sample["metrics"][name] for name in ("em", "tokens", "formed")) == pytest.approx(metrics)
+    assert sample.get("error") == error
 
 
 def test_a_real_model_answers_token_by_token():

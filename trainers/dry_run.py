@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 
 def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int = 3, between: str = "") -> None:
-    """Print the first rows of the first batch as the trainer will see them, then parameters and memory.
+    """Print rows of the first batch as the trainer will see them, then parameters and memory.
+
+    The first ones; where a batch says which rows are of which task, the first ones of each in turn.
 
     The masks are read from the collated batch itself (labels, or DPO's completion mask), not worked out again.
     `between`: what to show between tokens, where they have no spaces of their own.
@@ -23,7 +25,9 @@ def show_dry_run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: int
     loss = batch["completion_mask"].cpu().bool() if "completion_mask" in batch else batch["labels"].cpu() != -100
     count = len(ids) // 2 if "completion_mask" in batch else len(ids)  # DPO: chosen rows, then rejected ones
     console.print(Text("First rows; [the tokens that carry loss] are green:", style="bold"))
-    for row in range(min(rows, count)):
+    tasks = batch["task_id"].tolist() if "task_id" in batch else [0] * count
+    turns = [tasks[:row].count(task) for row, task in enumerate(tasks[:count])]  # of its task the how many-th a row is
+    for row in sorted(sorted(range(count), key=lambda row: turns[row])[:rows]):
         parts = {"chosen": row, "rejected": row + count} if "completion_mask" in batch else {"": row}
         for name, index in parts.items():
             text = Text(f"  {name + ':':10}" if name else "  ")

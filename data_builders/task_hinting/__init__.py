@@ -47,7 +47,8 @@ class HintingDataArguments:
     main_rows: int = field(default=64, metadata={"help": "Rows of the main task in an optimiser step."})
     hint_rows: int = field(default=32, metadata={"help": "Rows of each hint in an optimiser step, on top."})
     mix: Literal["fixed", "random", "alternate"] = field(
-        default="fixed", metadata={"help": "Rows a step: exactly so many, drawn, or one task a step in turn."}
+        default="fixed",
+        metadata={"help": "Rows of a step: exactly so many, drawn, or of one task in turn; on the mean all the same."},
     )
     queries: int = field(
         default=3, metadata={"help": "Items that a hint row asks about, where each has one token for an answer."}
@@ -63,7 +64,10 @@ class HintingDataArguments:
     )
     test_rows: int = field(default=1000, metadata={"help": "Test rows of each length."})
     train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many different rows (default: on ever new ones)."}
+        default=None,
+        metadata={
+            "help": "Train on so many different rows of the main task, hints in proportion (default: ever new ones)."
+        },
     )
     collateral_file: str | None = field(
         default=None,
@@ -174,21 +178,20 @@ def make_stream(
     from .stream import Stream
 
     chosen = tasks(args, hints, extra, ending)
-    rows = sum(task.rows for task in chosen)
-    steps = None if args.train_rows is None else max(1, args.train_rows // rows)
-    return Stream(make_family(args), chosen, args.rows_seed, args.mix, steps, arrays or NumpyArrays)
+    return Stream(make_family(args), chosen, args.rows_seed, args.mix, args.train_rows, arrays or NumpyArrays)
 
 
 def test_sets(args: HintingDataArguments, task: str | None = None) -> dict[int, Rows]:
     """Length -> test rows of a task (default: the main one), held out from every stream of whatever seed."""
     from .stream import test_rows
 
-    found = next(known for known in tasks(args, [] if task in (None, args.main) else [str(task)])[::-1])
+    found = _task(args, task)
     return {n: test_rows(make_family(args), found, n, args.test_rows, args.rows_seed) for n in args.test_lengths}
 
 
 def build(args: HintingDataArguments) -> DatasetDict:
-    """The tasks as text: `train_rows` rows (default 10,000) of the mixture, and the main task's tests.
+    """The tasks as text: `train_rows` rows (default 10,000) of the main task, the hints' in proportion, and the main
+    task's tests.
 
     Raises ValueError for arguments that contradict each other.
     """
@@ -196,7 +199,7 @@ def build(args: HintingDataArguments) -> DatasetDict:
 
     args = replace(args, queries=1)
     rows = make_stream(args, ending=True)
-    count = args.train_rows or 10_000
+    count = (args.train_rows or 10_000) * rows.rows // rows.tasks[0].rows
     names, world = [task.name for task in rows.tasks], rows.family
     train: list[dict[str, Any]] = []
     number = 0
@@ -210,16 +213,28 @@ def build(args: HintingDataArguments) -> DatasetDict:
     return DatasetDict({"train": Dataset.from_list(train[:count]), **tests})
 
 
-def text_tests(args: HintingDataArguments) -> dict[int, list[dict[str, Any]]]:
-    """Length -> test rows of the main task as text: the questions of `test_sets`."""
-    world = make_family(args)
-    return {
-        length: [
-            _text_row(world, args, args.main, ids, targets, length, f"test_{length}-{place}")
-            for place, (ids, targets) in enumerate(zip(rows.ids.tolist(), rows.targets.tolist(), strict=True))
-        ]
-        for length, rows in test_sets(args).items()
-    }
+def text_tests(args: HintingDataArguments, task: str | None = None) -> dict[int, list[dict[str, Any]]]:
+    """Length -> test rows of a task (default: the main one) as text: the questions of `test_sets`.
+
+    `goes_on`: a hint behind the main task's own mark, where a model goes on with the main task's answer.
+    """
+    from .family import EOS
+
+    world, name, shared = make_family(args), task or args.main, _task(args, task).shared
+    found: dict[int, list[dict[str, Any]]] = {}
+    for length, rows in test_sets(args, task).items():
+        found[length] = []
+        for place, (ids, targets) in enumerate(zip(rows.ids.tolist(), rows.targets.tolist(), strict=True)):
+            row = _text_row(world, args, name, ids, targets, length, f"test_{length}-{place}")
+            answer = [token for token, target in zip(ids, targets, strict=True) if target]
+            if shared and answer == [EOS]:  # the end itself is the answer, no word for it
+                row["completion"] = ""
+            found[length].append(row | ({"goes_on": True} if shared and answer[-1] != EOS else {}))
+    return found
+
+
+def _task(args: HintingDataArguments, name: str | None) -> Task:
+    return next(known for known in tasks(args, [] if name in (None, args.main) else [str(name)])[::-1])
 
 
 def _text_row(

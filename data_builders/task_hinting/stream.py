@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ from .family import Family, make_rows
 
 HELD_OUT = 16  # one question in so many is for tests only, whatever the seed
 TRIES = 1000
-BLOCK = 4096  # rows of a task that are made at a time
+BLOCK = 4096  # rows of a task that are made at a time, the same ones however many a step has
 TEST = 1 << 40  # numbers of steps from here on are test sets'
 _MIX = (6364136223846793005, 1442695040888963407, 3935559000370003845)  # odd, from known congruential generators
 
@@ -51,8 +52,10 @@ class Stream:
     Args:
         tasks: the main task first.
         mix: "fixed": in every step so many rows of each; "random": each row's task drawn, by their numbers of rows;
-            "alternate": all rows of a step of one task, in turn.
-        steps: after so many it begins again: a finite set of rows.
+            "alternate": all rows of a step of one task, in turn, each as often as it has rows. Over many steps all
+            three show as many rows of each task.
+        different: after so many rows the main task begins again with its first, and the hints in proportion (None:
+            never).
         arrays: from the seed of a block of rows to the arrays that draw it.
     """
 
@@ -62,13 +65,14 @@ class Stream:
         tasks: Sequence[Task],
         seed: int,
         mix: Literal["fixed", "random", "alternate"] = "fixed",
-        steps: int | None = None,
+        different: int | None = None,
         arrays: Callable[[Sequence[int]], Arrays] = NumpyArrays,
     ) -> None:
-        self.family, self.tasks, self.seed, self.mix, self.steps = family, list(tasks), seed, mix, steps
+        self.family, self.tasks, self.seed, self.mix, self.different = family, list(tasks), seed, mix, different
         self._arrays, self._plain = arrays, arrays([seed])
         self._blocks: dict[int, tuple[int, Rows]] = {}  # of each task the last one made, by its number
         self.rows = sum(task.rows for task in self.tasks)  # of a step
+        self._turns = _turns([task.rows for task in self.tasks])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,46 +80,61 @@ class Stream:
         made_by = f"{type(self.family).__name__} by {type(self._plain).__name__}"
         tasks = [asdict(task) for task in self.tasks]
         return {"family": made_by, **vars(self.family), "tasks": tasks, "seed": self.seed, "mix": self.mix,
-                "steps": self.steps}  # fmt: skip
+                "different": self.different}  # fmt: skip
 
     def step(self, number: int) -> Step:
         """The rows of step `number`, counted from 0."""
-        number = number % self.steps if self.steps else number
-        counts, full = self._counts(number), self._plain.full
-        made = [self._rows(place, number, count) for place, count in enumerate(counts) if count]
-        width = max(rows.ids.shape[1] for rows in made)
+        full = self._plain.full
+        made = [(place, rows) for place, count in enumerate(self._counts(number)) if count
+                for rows in self._rows(place, number, count)]  # fmt: skip
+        width = max(rows.ids.shape[1] for _, rows in made)
         ids, targets = full((self.rows, width), PAD), full((self.rows, width), 0) > 0
         lengths, tasks = full((self.rows,), 0), full((self.rows,), 0)
         start = 0
-        for place, rows in zip([place for place, count in enumerate(counts) if count], made, strict=True):
+        for place, rows in made:
             stop = start + len(rows.ids)
             ids[start:stop, : rows.ids.shape[1]], targets[start:stop, : rows.ids.shape[1]] = rows.ids, rows.targets
             lengths[start:stop], tasks[start:stop] = rows.lengths, place
             start = stop
         return Step(ids, targets, lengths, tasks)
 
-    def _rows(self, place: int, number: int, count: int) -> Rows:
-        """`count` rows of a task for a step, cut from a block of rows: made one by one, a step's cost ten times."""
+    def _rows(self, place: int, number: int, count: int) -> Iterator[Rows]:
+        """`count` rows of a task for a step, cut from blocks of rows: made one by one, a step's cost ten times."""
         task = self.tasks[place]
-        most = task.rows if self.mix == "fixed" else self.rows
-        steps = max(1, BLOCK // most)
-        block = number // steps
-        known, rows = self._blocks.get(place, (-1, None))
-        if known != block or rows is None:
-            rows = fresh(self.family, self._arrays([self.seed, place, block]), task, steps * most, held_out=False)
-            self._blocks[place] = block, rows
-        start = number % steps * most
-        return Rows(*(part[start : start + count] for part in rows))
+        most = self.rows if self.mix == "alternate" or (self.mix == "random" and self.different is None) else task.rows
+        if self.mix == "alternate":  # of the task's own turns
+            rounds, turn = divmod(number, len(self._turns))
+            number = rounds * self._turns.count(place) + self._turns[:turn].count(place)
+        whole = None if self.different is None else max(1, self.different * task.rows // self.tasks[0].rows)
+        start, stop = number * most, number * most + count
+        while start < stop:
+            first = start if whole is None else start % whole
+            block, at = divmod(first, BLOCK)
+            here = min(stop - start, BLOCK - at, stop if whole is None else whole - first)
+            known, rows = self._blocks.get(place, (-1, None))
+            if known != block or rows is None:
+                rows = fresh(self.family, self._arrays([self.seed, place, block]), task, BLOCK, held_out=False)
+                self._blocks[place] = block, rows
+            yield Rows(*(part[at : at + here] for part in rows))
+            start += here
 
     def _counts(self, number: int) -> list[int]:
         given = [task.rows for task in self.tasks]
         if self.mix == "fixed":
             return given
         if self.mix == "alternate":
-            return [self.rows * (place == number % len(given)) for place in range(len(given))]
+            turn = self._turns[number % len(self._turns)]
+            return [self.rows * (place == turn) for place in range(len(given))]
         drawn = self._arrays([self.seed, len(given), number]).integers(0, self.rows, (self.rows,))
         ends = [sum(given[: place + 1]) for place in range(len(given))]
         return [int(((drawn >= end - count) & (drawn < end)).sum()) for end, count in zip(ends, given, strict=True)]
+
+
+def _turns(rows: Sequence[int]) -> list[int]:
+    """Whose turn it is in each step of a round: each task as often as it has rows, spread evenly (64 + 32: 0 1 0)."""
+    shares = [count // math.gcd(*rows) for count in rows]
+    due = [((time + 0.5) / share, task) for task, share in enumerate(shares) for time in range(share)]
+    return [task for _, task in sorted(due)]
 
 
 def fresh(family: Family, arrays: Arrays, task: Task, count: int, held_out: bool) -> Rows:

@@ -21,6 +21,7 @@ def measure_tokens(
     tests: Mapping[int, Any],
     batch_size: int,
     *,
+    hints: Mapping[str, Mapping[int, Any]],
     sorts: bool,
     probed: Rows | None = None,
     telling: Telling | None = None,
@@ -28,10 +29,12 @@ def measure_tokens(
     """Of a model from scratch, on test rows (`Rows`) by length.
 
     Args:
+        hints: test rows of the hints that it was trained on, which make splits `HINT_N`.
         sorts: the main task is sorting, for which there are read-outs of attention and
         probed: rows, none of the tests', that linear probes are fitted on.
     """
-    splits = {f"test_{n}": teacher_forced(model, rows, batch_size, telling) for n, rows in tests.items()}
+    named = _named(tests, hints)
+    splits = {name: teacher_forced(model, rows, batch_size, telling) for name, rows in named.items()}
     looked = {n: _first(rows) for n, rows in tests.items() if sorts and n > 1}
     found: dict[str, Any] = {"splits": splits}
     found["attention"] = {n: attention_masses(model, rows, telling=telling) for n, rows in looked.items()}
@@ -47,12 +50,18 @@ def measure_texts(
     unrelated: Sequence[Row],
     batch_size: int,
     *,
+    hints: Mapping[str, Mapping[int, Sequence[Row]]],
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Of a pretrained model, on test rows of text by length, and on unrelated texts."""
+    """Of a pretrained model, on test rows of text by length (`hints`: as in `measure_tokens`), and unrelated texts."""
     scoring: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    splits = {f"test_{n}": evaluate(model, tokenizer, rows, **scoring)["samples"] for n, rows in tests.items()}
+    named = _named(tests, hints)
+    splits = {name: evaluate(model, tokenizer, rows, **scoring)["samples"] for name, rows in named.items()}
     return {"splits": {**splits, "collateral": collateral(model, tokenizer, unrelated, **scoring)}}
+
+
+def _named(tests: Mapping[int, Any], hints: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+    return {f"{task}_{n}": rows for task, found in {"test": tests, **hints}.items() for n, rows in found.items()}
 
 
 def _first(rows: Any) -> Rows:

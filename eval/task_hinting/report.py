@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ...files import is_main_process
-from ..figures import loss_curves
 from ..report import RunFolder, results_table, wide_console
-from ..results import Records, sample_lines, screen_rows, show_verdicts, table
+from ..results import Records, bounds, sample_lines, screen_rows, show_verdicts, table
 from ..results import read_records as read_all
-from .figures import by_length, error_kinds, probe_scores
-from .summary import COLLATERAL, STANDARD, Results, bounded, claims
+from ..statistics import Metric
+from .figures import attention_heads, by_length, error_kinds, probe_scores, task_losses
+from .summary import COLLATERAL, STANDARD, UNTOUCHED, Results, bounded, claims
 
 
 def read_records(folder: Path, seeds: Sequence[int]) -> Records:
@@ -28,11 +28,13 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     names = {column.title: column.title if column is COLLATERAL else f"em/{column.title}" for column in shown}
     arms = {row["method"]: {name: row[title] for title, name in names.items() if title in row} for row in rows}
     probes = {results.label(arm): found for arm in results.arms if (found := results.probes(arm))}
-    standard = results.label(STANDARD) if STANDARD in results.arms else next(iter(arms))
+    before = next((arm for arm in (UNTOUCHED, STANDARD) if arm in results.arms), next(iter(results.arms)))
     run.update(
         metrics={
-            "before": arms.pop(standard),
+            "before": arms.pop(results.label(before)),
             "others": arms,
+            "tokens": {results.label(arm): results.tokens(arm) for arm in results.arms},
+            "hints": {results.label(arm): found for arm in results.arms if (found := results.hints(arm))},
             "breakdown": {results.label(arm): results.breakdown(arm) for arm in results.arms},
             "errors": {
                 results.label(arm): {str(n): results.errors(arm, n) for n in results.lengths} for arm in results.arms
@@ -51,8 +53,24 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "peak_memory_bytes": {row["method"]: row["peak_memory_bytes"] for row in rows},
         },
         base_model=base_model,
+        **_to_load(run, results),
     )
     run.samples(sample_lines(records))
+    _draw(run, results, probes)
+    run.update()  # the card lists the figures
+
+
+def _to_load(run: RunFolder, results: Results) -> dict[str, Any]:
+    """The section of `results.json` that says how to load a model: the first hint's, else the first trained one's."""
+    trained = [arm[0] for arm in results.arms if not arm[1] and results.draws(results.seeds[0], arm)[0]["trained"]]
+    name = next((name for name in trained if name.startswith("hint_")), trained[0])
+    folder = f"seed_{results.seeds[0]}/{name}/model"
+    if (run.path / folder / "adapter_config.json").exists():
+        return {"adapter": folder}
+    return {"model": {"folder": folder, "module": "steerbook.trainers.task_hinting", "function": "load"}}
+
+
+def _draw(run: RunFolder, results: Results, probes: Mapping[str, Any]) -> None:
     curves = {results.label(arm): [results.curve(seed, arm) for seed in results.seeds] for arm in results.arms}
     title = "Right throughout, mean and range over seeds" if len(results.seeds) > 1 else "Right throughout"
     by_length(curves, results.longest, run.figure("accuracy"), title=title, label="right throughout (%)")
@@ -60,13 +78,16 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     if all(found for seeds in looks.values() for found in seeds):
         title = "Attention on the numbers that may come next, of the head with most of it"
         by_length(looks, results.longest, run.figure("attention"), title=title, label="attention mass (%)")
+        for seed in results.seeds:
+            heads = {results.label(arm): results.heads(seed, arm) for arm in results.arms if not arm[1]}
+            title = f"What each head looks at as the next number is said, at length {results.main_length}, seed {seed}"
+            attention_heads(heads, run.figure(f"attention_heads_seed_{seed}"), title=title)
     if probes:
-        title = "What a linear probe of the last layer finds as the next number is said"
+        title = "What a linear probe finds as the next number is said: last layer, and thinner the ones before"
         probe_scores(probes, results.longest, run.figure("probes"), title=title)
     kinds = {results.label(arm): {n: results.errors(arm, n) for n in results.lengths} for arm in results.arms}
     error_kinds(kinds, run.figure("errors"), title="Kind of the first error")
-    _draw_losses(run, results)
-    run.update()  # the card lists the figures
+    task_losses(results.losses(), run.figure("loss"), title="Training loss of each task, mean and range over seeds")
 
 
 def show(run: RunFolder) -> None:
@@ -92,6 +113,7 @@ def show(run: RunFolder) -> None:
     results_table(
         lines, titles, f"Held-out questions of N items right throughout, per cent, with 95 % intervals{note}"
     )
+    _show_tokens(results)
     console = wide_console()
     console.print(
         f"In training up to {results.longest} items. 'under': the first length tested where a seed is below."
@@ -102,17 +124,19 @@ def show(run: RunFolder) -> None:
     console.print(f"Results, figures, samples and models: {run.path}")
 
 
-def _draw_losses(run: RunFolder, results: Results) -> None:
-    """Of the first seed: the loss of each task, of the arms with the usual softmax."""
-    seed = results.seeds[0]
-    curves: dict[str, list[tuple[float, float]]] = {}
+def _show_tokens(results: Results) -> None:
+    """Print the shares of tokens that are right, and how the hints themselves are answered."""
+    lines: list[dict[str, str]] = []
+
+    def line(name: str, found: Mapping[str, Metric], key: str) -> None:
+        metrics = {str(n): found[f"{key}/{n}"] for n in results.lengths}
+        cells = {n: f"{100 * metric['value']:.1f}" + bounds(metric, 100, 0) for n, metric in metrics.items()}
+        lines.append({"method": name, **cells})
+
     for arm in results.arms:
-        if "softmax" in arm[0]:
-            continue
-        record = results.draws(seed, arm)[0]
-        for entry in record.get("log", []):
-            for key, value in entry.items():
-                if key.startswith("loss/"):
-                    curves.setdefault(f"{arm[0]}: {key[5:]}", []).append((entry["step"], value))
-    if curves:
-        loss_curves(curves, run.figure(f"loss_seed_{seed}"), title=f"Training loss of each task, seed {seed}")
+        line(results.label(arm), results.tokens(arm), "tokens")
+        own = results.hints(arm)
+        for hint in dict.fromkeys(key.split("/")[1] for key in own):
+            line(f"  {hint} itself", own, f"em/{hint}")
+    title = "Tokens of answers right, per cent; of hints themselves, questions right throughout"
+    results_table(lines, ["method", *map(str, results.lengths)], title)

@@ -10,9 +10,10 @@ import numpy as np
 
 from .. import results as shared
 from ..results import Arm, Column, Record, claim
+from ..statistics import Metric
 from .scores import area, error_shares, falls_under
 
-STANDARD, TOTAL = ("standard", False), ("standard_total", False)
+UNTOUCHED, STANDARD, TOTAL = (("untouched", False), ("standard", False), ("standard_total", False))
 COLLATERAL = Column("text perplexity", "collateral", "nats_per_token", 1.0)
 TIMES = 5  # the paper's headline is about inputs five times as long as in training
 
@@ -49,14 +50,43 @@ class Results(shared.Results):
         head = np.unravel_index(next_ones[min(next_ones)].argmax(), next_ones[min(next_ones)].shape)
         return {n: float(mass[head]) for n, mass in next_ones.items()}
 
-    def probes(self, arm: Arm) -> dict[str, dict[int, float]]:
-        """Probe -> length -> its score on the last layer, mean over seeds; empty where none was fitted."""
+    def heads(self, seed: int, arm: Arm) -> dict[str, list[list[float]]]:
+        """Kind of token -> attention mass of each layer's heads at the length that claims speak of."""
+        return dict(self.draws(seed, arm)[0]["attention"][str(self.main_length)])
+
+    def probes(self, arm: Arm) -> dict[str, dict[int, list[float]]]:
+        """Probe -> length -> its score on each layer (the embedding first), mean over seeds; empty without any."""
         found = [self.draws(seed, arm)[0].get("probes", {}) for seed in self.seeds]
         return {
-            name: {n: float(np.mean([one[name][str(n)][-1] for one in found])) for n in self.lengths if n > 1}
+            name: {n: np.mean([one[name][str(n)] for one in found], axis=0).tolist() for n in self.lengths if n > 1}
             for name in found[0]
             if all(name in one for one in found)
         }
+
+    def tokens(self, arm: Arm) -> dict[str, Metric]:
+        """`tokens/N`: the share of answers' tokens that are right."""
+        return {f"tokens/{n}": self.metric(arm, f"test_{n}", "tokens") for n in self.lengths}
+
+    def hints(self, arm: Arm) -> dict[str, Metric]:
+        """`em/HINT/N` and `tokens/HINT/N` of the hints that the arm was trained on."""
+        splits = [split.rpartition("_") for split in self.draws(self.seeds[0], arm)[0]["splits"]]
+        hints = dict.fromkeys(task for task, _, n in splits if task != "test" and n.isdecimal())
+        return {
+            f"{name}/{hint}/{n}": self.metric(arm, f"{hint}_{n}", name)
+            for hint in hints
+            for name in ("em", "tokens")
+            for n in self.lengths
+        }
+
+    def losses(self) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+        """Task -> arm -> the points (step, loss) of each seed."""
+        found: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+        for arm in self.arms:
+            logs = [self.draws(seed, arm)[0].get("log", []) for seed in self.seeds]
+            for task in dict.fromkeys(key[5:] for log in logs for entry in log for key in entry if key[:5] == "loss/"):
+                points = [[(e["step"], e[f"loss/{task}"]) for e in log if f"loss/{task}" in e] for log in logs]
+                found.setdefault(task, {})[self.label(arm)] = points
+        return found
 
     def errors(self, arm: Arm, length: int) -> dict[str, float]:
         """Kind of the first error -> share of the rows of all seeds."""

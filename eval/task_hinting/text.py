@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,13 +31,16 @@ def evaluate(
 
     An answer is what comes up to the end-of-text token or a line's end, without the white space around it; as many
     tokens as the longest completion has, and one more, are allowed. It is well formed if it is numbers where numbers
-    are asked for, and words where words are.
+    are asked for, and words where words are; none at all, where nothing is. Of a row with `goes_on` only as many
+    numbers or words count as its completion has.
 
     Returns:
-        Metrics, with intervals over questions (`group`, default the id): `em/TASK/N` and `formed/TASK/N` for each task
-        and number of items N. Samples, one a row in their order: `id`, `group`, `metrics` with `em` and `formed`,
-        `tokens` of the prompt, and where wrong `answer`, `error` (the kind of its first wrong number, word or digit,
-        see `error_kind`; "format" if it is not well formed) and `place`, how many are right before.
+        Metrics, with intervals over questions (`group`, default the id), for each task and number of items N:
+        `em/TASK/N` (right throughout), `tokens/TASK/N` (of the completion's numbers, words or digits and its end, the
+        share that the answer has in their places) and `formed/TASK/N`. Samples, one a row in their order: `id`,
+        `group`, `metrics` with `em`, `tokens` and `formed`, `tokens` of the prompt, and where wrong `answer`, `error`
+        (the kind of its first wrong number, word or digit, see `error_kind`; "format" if it is not well formed) and
+        `place`, how many are right before.
 
     Raises:
         ValueError: no rows, or a row without one of the columns `task`, `items`, `prompt`, `completion`.
@@ -55,13 +58,18 @@ def evaluate(
     found: dict[str, list[tuple[float, str]]] = {}
     for row, text, ids in zip(rows, texts, encode(tokenizer, prompts), strict=True):
         answer, wanted = text.strip(" ").partition("\n")[0].strip(), row["completion"].strip()
+        if row.get("goes_on"):
+            answer = " ".join(answer.split()[: len(wanted.split())])
         form = NUMBERS if NUMBERS.fullmatch(wanted) else WORDS
-        metrics = {"em": float(answer == wanted), "formed": float(form.fullmatch(answer) is not None)}
+        formed = form.fullmatch(answer) is not None if wanted else answer == ""
+        right, said = _parts(wanted, answer)
+        same = sum(one == other for one, other in zip(right, said, strict=False)) / len(right)
+        metrics = {"em": float(answer == wanted), "tokens": same, "formed": float(formed)}
         identity = str(row.get("id", len(samples)))
         group = str(row.get("group", identity))
         sample: Sample = {"id": identity, "group": group, "metrics": metrics, "tokens": len(ids)}
         if not metrics["em"]:
-            kind, place = _first_error(wanted, answer) if metrics["formed"] else ("format", 0)
+            kind, place = _first_error(right, said) if formed else ("format", 0)
             sample |= {"answer": answer, "error": kind, "place": place}
         samples.append(sample)
         for name, value in metrics.items():
@@ -73,10 +81,14 @@ def evaluate(
     }
 
 
-def _first_error(wanted: str, answer: str) -> tuple[str, int]:
-    """Kind and place of the first part of a well formed answer that is wrong."""
-    listed = " " in wanted + answer
-    right, said = ([*(text.split() if listed else text), EOS] for text in (wanted, answer))
+def _parts(*texts: str) -> list[list[str | int]]:
+    """Of each text its numbers or words, or its digits if all are single numbers, and the end."""
+    listed = any(" " in text for text in texts)
+    return [[*(text.split() if listed else text), EOS] for text in texts]
+
+
+def _first_error(right: Sequence[str | int], said: Sequence[str | int]) -> tuple[str, int]:
+    """Kind and place of the first part of an answer that is wrong."""
     place = next(number for number, (one, other) in enumerate(zip(right, said, strict=False)) if one != other)
     return error_kind(right[place - 1], right[place], said[place], place == 0), place
 

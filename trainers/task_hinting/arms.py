@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,8 @@ class Arm:
         kind = "control" if self.key.startswith("control") else "hint"
         words = [f"{kind} {task.name} ({'shared' if task.shared else 'own'} mark)" for task in tasks[1:]]
         words += ["softmax"] * self.softmax
-        return f"{' + '.join(words or ['standard'])}, {' + '.join(str(task.rows) for task in tasks)} rows"
+        words = words or [f"standard (equal {'rows in all' if self.extra else 'main rows'})"]
+        return f"{' + '.join(words)}, {' + '.join(str(task.rows) for task in tasks)} rows"
 
 
 @dataclass
@@ -121,9 +122,25 @@ class ArmArguments:
         return LengthSoftmax(self.softmax_rule, n0, self.softmax_count)
 
 
+def check_cut(rows: Mapping[str, int], args: HintingConfig) -> None:
+    """ValueError for a number of rows a step (of each arm) that micro-batches and processes do not divide."""
+    if args.per_device_train_batch_size != HintingConfig.per_device_train_batch_size:
+        raise ValueError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size} has no effect: a step has --main_rows "
+            "and --hint_rows, which --gradient_accumulation_steps cuts"
+        )
+    cut = args.gradient_accumulation_steps * args.world_size
+    for arm, count in rows.items():
+        if count % cut:
+            raise ValueError(
+                f"{arm} has {count} rows a step, which --gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes do not divide"
+            )
+
+
 @dataclass(frozen=True)
 class Fit:
-    """A trained model, its log and what it cost."""
+    """A trained model, its log, and seconds of training: 0 where they are not known, as of a fit that was resumed."""
 
     model: Any
     log: list[dict[str, float]]
@@ -159,7 +176,9 @@ def fit(
     start = time.perf_counter()
     checkpoint = newest_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - start
+    seconds, log = time.perf_counter() - start, trainer.state.log_history
+    if checkpoint is not None:  # they would be those of the last part alone
+        seconds, log = 0.0, [{key: entry[key] for key in entry if key != "train_runtime"} for entry in log]
     tuned = trainer.model.eval()
     if peft_config is not None and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
@@ -169,4 +188,4 @@ def fit(
         else:
             save(tuned, folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    return Fit(tuned, trainer.state.log_history, seconds, trained)
+    return Fit(tuned, log, seconds, trained)

@@ -15,6 +15,6 @@ def show_cost(arms: Mapping[str, tuple[int, int]], parameters: int, steps: int, 
     for name, (rows, width) in arms.items():
         flop = each * parameters * rows * width * steps
         total += flop * seeds
-        print(f"{name:<60}{rows:>12,}{rows * width:>15,}{flop / 1e12:>10,.1f}")
-    print(f"{len(arms)} models x {seeds} seeds, {steps:,} steps each: {total / 1e12:,.1f} TFLOP "
+        print(f"{name:<60}{rows:>12,}{rows * width:>15,}{flop / 1e12:>10,.3g}")
+    print(f"{len(arms)} models x {seeds} seeds, {steps:,} steps each: {total / 1e12:,.3g} TFLOP "
           f"({each} per parameter and token, attention not counted)")  # fmt: skip

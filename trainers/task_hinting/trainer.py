@@ -115,6 +115,8 @@ class HintingTrainer(MultiTaskTrainer):
         self.stream, self.main = stream, main
         super().__init__(model, args, train_dataset, **kwargs)
         self.schedules = [schedules[task] for task in self.tasks]
+        self._ordered = [main, *(task for task in self.tasks if task != main)]
+        self._gradients: dict[str, Tensor] = {}  # of an unfinished step, for `gradient_cosine`
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         if find_spec("lomo_optim") is None:  # accelerate looks for it on disk twice a step: 4 % of a small model's
             sys.modules.setdefault("lomo_optim", None)  # type: ignore[arg-type]  # "not there", as import knows it
@@ -188,8 +190,10 @@ class HintingTrainer(MultiTaskTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         every = self.args.gradient_cosine
-        if every and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
-            self._log_cosines(self._prepare_inputs(dict(inputs)))
+        if every and self.state.global_step % every == 0:
+            self._add_gradients(self._prepare_inputs(dict(inputs)))
+            if self.accelerator.sync_gradients:
+                self._log_cosines()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -198,24 +202,28 @@ class HintingTrainer(MultiTaskTrainer):
             return super().floating_point_ops(inputs)
         return 6 * inputs["input_ids"].numel() * self._parameters
 
-    def _log_cosines(self, inputs: dict[str, Any]) -> None:
-        """Of the last micro-batch: the cosine of each hint's gradient and the main task's, over all weights."""
+    def _add_gradients(self, inputs: dict[str, Any]) -> None:
+        """Of this micro-batch, to each task's gradient of its summed loss over all weights."""
         tasks = inputs.pop("task_id")
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with self.compute_loss_context_manager():
             nats, rows = self.token_nats(self.model, inputs)
         of_token = tasks[rows]
-        gradients: dict[str, Tensor] = {}
         for number, task in enumerate(self.tasks):
             if (of_token == number).any():
-                found = torch.autograd.grad(nats[of_token == number].mean(), parameters, retain_graph=True)
-                gradients[task] = torch.cat([gradient.flatten().float() for gradient in found])
-        if self.main not in gradients:
-            return
-        main = gradients.pop(self.main)
-        for task, gradient in gradients.items():
-            cosine = torch.nn.functional.cosine_similarity(main, gradient, dim=0)
-            self._metrics["train"][f"cosine/{task}"].append(float(cosine))
+                found = torch.autograd.grad(nats[of_token == number].sum(), parameters, retain_graph=True)
+                gradient = torch.cat([part.flatten().float() for part in found])
+                self._gradients[task] = self._gradients.get(task, 0) + gradient
+
+    def _log_cosines(self) -> None:
+        """Of the whole step: the cosine of each hint's gradient and the main task's."""
+        size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        nothing = torch.zeros(size, device=self.accelerator.device)
+        main, *hints = (self.summed(self._gradients.pop(task, nothing)) for task in self._ordered)
+        for task, gradient in zip(self._ordered[1:], hints, strict=True):
+            if main.any() and gradient.any():  # a step may lack a task (mix alternate, random)
+                cosine = torch.nn.functional.cosine_similarity(main, gradient, dim=0)
+                self._metrics["train"][f"cosine/{task}"].append(float(cosine))
 
 
 class _MicroBatches(torch.utils.data.Dataset):
