@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..console import clear_errors
@@ -46,6 +47,12 @@ def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrained
     if adapter:
         model = PeftModel.from_pretrained(model, name)
     tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    if isinstance(getattr(backend, "model", None), WordLevel) and tokenizer.unk_token is None:
+        raise ValueError(
+            f"{name} was made from scratch for rows of tokens and reads no text: score it with `teacher_forced` of "
+            "steerbook.eval.task_hinting"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

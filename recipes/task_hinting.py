@@ -205,7 +205,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
 
     def record(arm: Arm, fitted: Fit, tokenizer: Any, at_test: LengthSoftmax | None = None) -> None:
         plain = at_test is None and not (arm.softmax or arm.extra or arm.key.startswith("control"))
-        measured = side.measure(fitted.model, tokenizer, arm.hints, probes=plain)
+        measured = side.measure(fitted.model, tokenizer, () if at_test else arm.hints, probes=plain)
         facts = {
             "name": arm.key, "at_test": at_test is not None, "longest": longest, "trained": fitted.trained,
             "order": [settings.planned.index(arm), at_test is not None],

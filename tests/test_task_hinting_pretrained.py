@@ -226,7 +226,7 @@ def test_all_arms_of_all_weights(recipe, base, tmp_path, capsys):
     assert [
         name for name in found["metrics"]["hints"] if "hint carry" not in name and "control copy" not in name
     ] == []
-    assert len(found["metrics"]["hints"]) == 5 and len(found["metrics"]["tokens"]) == 11
+    assert len(found["metrics"]["hints"]) == 3 and len(found["metrics"]["tokens"]) == 11
     folder = tmp_path / "run" / "seed_0"
     assert not (folder / "untouched" / "model").exists()
     tuned, untouched = load(folder / "softmax" / "model"), load(base / "qwen3_06b")

@@ -9,7 +9,14 @@ import steerbook.eval.task_hinting.text as text_module
 from steerbook.data_builders.task_hinting import HintingDataArguments, build
 from steerbook.eval.task_hinting import evaluate
 from steerbook.eval.task_hinting.__main__ import main
-from steerbook.trainers.task_hinting import LengthSoftmax, save, use_length_softmax
+from steerbook.trainers.task_hinting import (
+    LengthSoftmax,
+    ScratchConfig,
+    named_tokenizer,
+    save,
+    scratch_model,
+    use_length_softmax,
+)
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 
@@ -124,3 +131,7 @@ def test_the_command_scores_a_saved_model(tmp_path, capsys):
     with pytest.raises(SystemExit, match="a softmax of its own, which from_pretrained leaves out"):
         main(["--model", str(tmp_path / "own"), "--rows", str(tmp_path / "rows.jsonl")])
     assert len(json.loads((tmp_path / "o.json").read_text())["samples"]) == 4
+    scratch_model(9, ScratchConfig(), 0, 20).save_pretrained(tmp_path / "scratch")
+    named_tokenizer([f"<{number}>" for number in range(9)]).save_pretrained(tmp_path / "scratch")
+    with pytest.raises(SystemExit, match="reads no text: score it with `teacher_forced`"):
+        main(["--model", str(tmp_path / "scratch"), "--rows", str(tmp_path / "rows.jsonl")])

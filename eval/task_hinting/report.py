@@ -34,7 +34,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "before": arms.pop(results.label(before)),
             "others": arms,
             "tokens": {results.label(arm): results.tokens(arm) for arm in results.arms},
-            "hints": {results.label(arm): found for arm in results.arms if (found := results.hints(arm))},
+            "hints": {results.label(arm): own for arm in results.arms if (own := results.hints(arm))},
             "breakdown": {results.label(arm): results.breakdown(arm) for arm in results.arms},
             "errors": {
                 results.label(arm): {str(n): results.errors(arm, n) for n in results.lengths} for arm in results.arms
