@@ -55,7 +55,7 @@ COMMON = {  # spec 3.1
     "lr_scheduler_kwargs": {"min_lr_rate": 0.02}, "save_strategy": "no", "eval_batch_size": 500,
     "logging_steps": 100}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 1800, "warmup_steps": 120, "test_rows": 500},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 1600, "warmup_steps": 110, "test_rows": 500},
     "smoke": COMMON | {
         "seeds": [0], "max_steps": 600, "warmup_steps": 50, "arms": ["standard", "hint"],
         "hints": ["successor", "predecessor"], "test_rows": 100, "logging_steps": 50},
