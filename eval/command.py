@@ -47,8 +47,8 @@ def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrained
     if adapter:
         model = PeftModel.from_pretrained(model, name)
     tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
-    if isinstance(getattr(backend, "model", None), WordLevel) and tokenizer.unk_token is None:
+    words = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)  # slow tokenizers have none
+    if isinstance(words, WordLevel) and words.unk_token not in tokenizer.get_vocab():
         raise ValueError(
             f"{name} was made from scratch for rows of tokens and reads no text: score it with `teacher_forced` of "
             "steerbook.eval.task_hinting"
