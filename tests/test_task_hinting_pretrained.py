@@ -150,7 +150,7 @@ def test_text_tests_of_hints():
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_fused_head_changes_memory_not_steps(tmp_path, monkeypatch, fused):
     """A stream of text through TRL's fused head, through the model's own, and as a data set: one and the same step."""
-    monkeypatch.setattr("steerbook.trainers.task_hinting.trainer.FUSED", 0 if fused else 10_000)
+    monkeypatch.setattr("steerbook.trainers.stream.FUSED", 0 if fused else 10_000)
     args = addition()
     common = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "use_cpu": True,
               "save_strategy": "no", "report_to": [], "max_grad_norm": 0.0}  # fmt: skip

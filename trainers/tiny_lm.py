@@ -38,6 +38,7 @@ class TinyConfig:
 
     Attributes:
         tokenizer: "word" gives every word of the corpus (with the space before it) one token; "byte" reads any text.
+        tied: whether the head is the embedding.
         length, batch_size: a training step sees `batch_size` rows of `length` tokens, packed with whole documents
             that do not see each other. A longer document is cut.
         initializer_range: standard deviation of the initial weights. transformers' 0.02 is made for widths in the
@@ -53,6 +54,7 @@ class TinyConfig:
     kv_heads: int = 6
     head_dim: int = 10
     max_length: int = 2048
+    tied: bool = True
     steps: int = 450
     batch_size: int = 12
     length: int = 64
@@ -177,7 +179,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, config: TinyConfig, seed: int)
         num_key_value_heads=config.kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=config.tied,
         initializer_range=config.initializer_range,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-Weights = Sequence[ArrayLike]  # of each context its attributes' weights, all finite
+Weights = Sequence[ArrayLike] | Array  # of each context its attributes' weights, all finite
 DRAWS = 2000
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
-from ..checkpoints import newest_complete_checkpoint
+from ..fits import Fit, run_fit
+from ..stream import Stream
 from .softmax import LengthSoftmax, save, use_length_softmax
-from .trainer import HintingConfig, HintingTrainer, Stream
+from .trainer import HintingConfig, HintingTrainer
 
 ARMS = ("untouched", "standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
 
@@ -138,16 +138,6 @@ def check_cut(rows: Mapping[str, int], args: HintingConfig) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A trained model, its log, and seconds of training: 0 where they are not known, as of a fit that was resumed."""
-
-    model: Any
-    log: list[dict[str, float]]
-    seconds: float
-    trained: int
-
-
 def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,15 +160,7 @@ def fit(
     if softmax is not None:
         use_length_softmax(model, softmax)
     trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    if args.disable_tqdm:  # else transformers prints every log line instead
-        trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    checkpoint = newest_complete_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds, log = time.perf_counter() - start, trainer.state.log_history
-    if checkpoint is not None:  # they would be those of the last part alone
-        seconds, log = 0.0, [{key: entry[key] for key in entry if key != "train_runtime"} for entry in log]
+    found = run_fit(trainer, folder)
     tuned = trainer.model.eval()
     if peft_config is not None and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
@@ -188,4 +170,4 @@ def fit(
         else:
             save(tuned, folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    return Fit(tuned, log, seconds, trained)
+    return replace(found, model=tuned)

@@ -1,0 +1,94 @@
+"""All that is measured of one model: of every context the weights behind its choices, and those it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import Ridge
+from transformers import PreTrainedTokenizerBase
+
+from ..choices import CausalLM
+from .agreement import pooled_r
+from .behaviour import Behaviour, Trial, measure_choices
+from .reports import Question, measure_reports
+from .weights import ESTIMATORS, fit_weights
+
+DIGITS = 4
+
+
+def measure(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    trials: Sequence[Trial],
+    questions: Sequence[Question],
+    *,
+    template: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Context -> what was found, as JSON values; a context may have trials, questions or both.
+
+    With trials: `learned` (estimator -> weights; None, with the reason in `refused`, where they cannot be fitted),
+    `halves` (weights of the first and second half of the trials, where both can), `linearity`, `bias`, `off_answer`,
+    `first` (share of trials where A was chosen). With questions: `reported`, `positive`, `entropy` and `mass` of each
+    attribute, means over the questions about it.
+    """
+    common: dict[str, Any] = {"template": template, "batch_size": batch_size, "progress": progress}
+    found: dict[str, dict[str, Any]] = {}
+    if trials:
+        for context, behaviour in measure_choices(model, tokenizer, trials, **common).items():
+            found[context] = _chosen(behaviour)
+    each: dict[str, dict[int, list[list[float]]]] = {}
+    for question, report in zip(questions, measure_reports(model, tokenizer, questions, **common), strict=True):
+        values = zip(report.places, report.expected, report.positive, report.entropy, report.mass, strict=True)
+        for place, *numbers in values:
+            each.setdefault(question.context, {}).setdefault(place, []).append([float(number) for number in numbers])
+    for context, places in each.items():
+        means = np.array([np.mean(places[place], axis=0) for place in sorted(places)]).round(DIGITS)
+        names = ("reported", "positive", "entropy", "mass")
+        found.setdefault(context, {}).update({name: means[:, number].tolist() for number, name in enumerate(names)})
+    return found
+
+
+def readable(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    fit: Mapping[str, Sequence[float]],
+    test: Mapping[str, Sequence[float]],
+) -> float:
+    """Pooled r of weights that a ridge regression reads off the embeddings of contexts' names (means over tokens),
+    fitted on those of `fit`: how much of the preferences lies where a report could find it (spec 5.3)."""
+    table = model.get_input_embeddings().weight.detach().float().cpu().numpy()
+    rows = {
+        name: table[ids].mean(0) for name, ids in zip([*fit, *test], _names(tokenizer, [*fit, *test]), strict=True)
+    }
+    reader = Ridge(alpha=1.0).fit([rows[name] for name in fit], [fit[name] for name in fit])
+    return float(pooled_r(reader.predict([rows[name] for name in test]), np.array([test[name] for name in test])))
+
+
+def _names(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]]
+
+
+def _chosen(behaviour: Behaviour) -> dict[str, Any]:
+    found: dict[str, Any] = {"learned": {}, "bias": behaviour.bias, "off_answer": behaviour.off_answer,
+                             "first": float((behaviour.margins > 0).mean())}  # fmt: skip
+    for estimator in ESTIMATORS:
+        try:
+            found["learned"][estimator] = behaviour.weights(estimator).round(DIGITS).tolist()
+        except ValueError as error:
+            found["learned"][estimator] = None
+            found["refused"] = str(error)
+    if "refused" not in found:
+        found["linearity"] = behaviour.linearity
+        half = len(behaviour.margins) // 2
+        try:
+            found["halves"] = [
+                fit_weights(behaviour.differences[part], behaviour.margins[part] > 0).round(DIGITS).tolist()
+                for part in (slice(None, half), slice(half, None))
+            ]
+        except ValueError:  # all alike in one half: no reliability of this context
+            found["halves"] = None
+    return found

@@ -1,0 +1,75 @@
+"""Prompts as the text that a model reads: plain texts as they are, conversations through the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from ..choices import encode
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
+ANSWERS = ("A", "B")
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any]) -> str:
+    """The text in front of an answer, for functions that tokenise plain texts.
+
+    A conversation gets the template's generation prompt; `template`: its own arguments (`enable_thinking`). Where the
+    template writes the beginning-of-text token that the tokenizer adds anyway, it is left out.
+
+    Raises:
+        ValueError: a conversation for a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; take an instruct model, or prompts of plain text")
+    text = str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **template))
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and encode(tokenizer, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
+        return text.removeprefix(begin)
+    return text
+
+
+def answers_of(prompt: Prompt) -> tuple[str, str]:
+    """What a choice looks like behind the prompt: in plain texts a space stands before it."""
+    one, other = ANSWERS
+    return (f" {one}", f" {other}") if isinstance(prompt, str) else (one, other)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[str]) -> list[int]:
+    """The tokens of the answers behind `text`. ValueError unless each is a single one, and all are different."""
+    before, *after = encode(tokenizer, [text, *(text + answer for answer in answers)])
+    for answer, ids in zip(answers, after, strict=True):
+        if ids[: len(before)] != before or len(ids) != len(before) + 1:
+            raise ValueError(
+                f"the answer {answer!r} is not a single token behind {text[-40:]!r} under this tokenizer "
+                f"({len(ids) - len(before)} tokens are added), so that a choice cannot be read off one place"
+            )
+    tokens = [ids[-1] for ids in after]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"the answers {', '.join(answers)} are the same token under this tokenizer")
+    return tokens
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, template: Mapping[str, Any]
+) -> None:
+    """ValueError where training and measuring would see different tokens: TRL trains on what the template makes of the
+    whole conversation, which must begin with the prompt and the answer (a thinking block in between, say, would not).
+    """
+    if isinstance(prompt, str):
+        return
+    text = prompt_text(tokenizer, prompt, template)
+    whole = str(
+        tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False, **template)
+    )
+    if not whole.removeprefix(tokenizer.bos_token or "").startswith(
+        text.removeprefix(tokenizer.bos_token or "") + answer
+    ):
+        raise ValueError(
+            "the chat template puts something else in front of an answer in a whole conversation than where one is to "
+            f"begin: ...{text[-60:]!r} against ...{whole[-60:]!r}. For models that think, give enable_thinking false"
+        )

@@ -1,0 +1,138 @@
+"""The report of a self-interpretability run: table, claims and figures, from what every arm and seed has measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...files import is_main_process
+from ..figures import bars, loss_curves
+from ..report import RunFolder, results_table, wide_console
+from ..results import bounds, read_records, show_verdicts
+from .agreement import STATISTICS
+from .figures import scatter
+from .summary import Record, Records, Results, claims, instilled_r
+
+SHOWN = ("1: reports after instilling", "2: reports on held-out contexts", "3: native, after report training",
+         "control: trained on shuffled reports")  # fmt: skip
+
+
+def write_report(run: RunFolder, records: Records) -> None:
+    """Fill the run folder."""
+    results = Results(records)
+    rows = {name: {statistic: results.metric(name, statistic) for statistic in STATISTICS} for name in results.rows}
+    seeds = {name: {str(seed): {key: found["value"] for key, found in estimates.items()}
+                    for seed, estimates in results.estimates(name).items()} for name in results.rows}  # fmt: skip
+    arms: dict[str, Record] = dict(records[results.seeds[0]])
+    run.update(
+        metrics={
+            "before": rows.get("base model's reports", {}),
+            "after": rows.get("2: reports on held-out contexts", {}),
+            "agreement": rows,
+            "each_seed": seeds,
+            "details": results.more(),
+            "stopped": {str(seed): gates for seed in results.seeds if (gates := stopped(records[seed]))},
+        },
+        claims=claims(results),
+        trainable_parameters=max(record["trained"] for record in arms.values()),
+        cost={
+            "seconds": {
+                name: round(
+                    float(
+                        np.mean([records[seed][name]["seconds"] for seed in results.seeds if name in records[seed]])
+                    ),
+                    2,
+                )
+                for name in arms
+            },  # fmt: skip
+            "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in arms.items()},
+        },
+        base_model={"name": "from scratch"},
+    )
+    run.samples(_samples(records))
+    _draw(run, results)
+    run.update()  # the card lists the figures
+
+
+def stopped(arms: dict[str, Any] | Any) -> dict[str, str]:
+    """Of the levels whose reports were not trained, why."""
+    levels = {record["level"] for record in arms.values() if record["kind"] == "instilled"}
+    going_on = {record["level"] for record in arms.values() if record["kind"] == "reported"}
+    return {
+        level: f"instilling did not take: learned against target r = {instilled_r(record):.2f}"
+        for level in sorted(levels - going_on)
+        for record in arms.values()
+        if record["kind"] == "instilled" and record["level"] == level
+    }
+
+
+def show(run: RunFolder) -> None:
+    """Print the table, the claims and where everything is; on rank 0."""
+    if not is_main_process():
+        return
+    seeds = sorted(int(folder.name[5:]) for folder in run.path.glob("seed_*"))
+    records = read_records(run.path, seeds, lambda record: record["order"])
+    results = Results(records)
+    lines = []
+    for name, found in results.rows.items():
+        line = {"weights": name}
+        for statistic in STATISTICS:
+            metric = results.metric(name, statistic)
+            scale, digits = (1, 0) if statistic == "mae" else (1, 2)
+            line[statistic] = f"{metric['value']:.{digits}f}" + bounds(metric, scale, digits)
+        values = results.estimates(name).values()
+        line["each seed's r"] = (
+            " ".join(f"{one['pooled_r']['value']:.2f}" for one in values) if len(values) > 1 else ""
+        )
+        line["contexts"] = " ".join(str(len(pair[0])) for pair in found.values())
+        lines.append(line)
+    columns = ["weights", *STATISTICS, *(["each seed's r"] if len(seeds) > 1 else []), "contexts"]
+    note = "over seeds" if len(seeds) > 1 else "over contexts (one seed)"
+    results_table(lines, columns, f"How well weights agree, with 95 % intervals {note}")
+    console = wide_console()
+    for seed, details in run.results["metrics"]["details"].items():
+        chance = details["chance"]
+        console.print(
+            f"Seed {seed}: by chance r = {_text(chance['other contexts'])} (other contexts), "
+            f"{_text(chance['other attributes'])} (other attributes); gain {_text(details['gain'])}; a probe reads "
+            f"{details['readable from embeddings']:.2f}; off-answer mass {details['off-answer mass']:.2g}, mass on "
+            f"numbers {details['mass on numbers']:.3f}, linearity {details['linearity']:.2f}"
+        )
+    for seed, gates in run.results["metrics"]["stopped"].items():
+        for level, reason in gates.items():
+            console.print(f"Seed {seed}, {level}: {reason}; no reports were trained")
+    show_verdicts(console, run.results, "")
+    console.print(f"Results, figures, samples and models: {run.path}")
+
+
+def _text(found: Any) -> str:
+    return f"{found['value']:.2f}" + bounds(found, 1, 2)
+
+
+def _samples(records: Records) -> list[dict[str, Any]]:
+    """A line for every context of every arm and seed."""
+    return [
+        {"seed": seed, "arm": name, "context": context, **one}
+        for seed, arms in records.items()
+        for name, record in arms.items()
+        for context, one in record["contexts"].items()
+    ]
+
+
+def _draw(run: RunFolder, results: Results) -> None:
+    pairs = {name: list(results.rows[name].values()) for name in SHOWN if name in results.rows}
+    if pairs:
+        scatter(pairs, run.figure("reports"), title="Reported against learned weights, a colour a seed")
+    if results.rows:
+        r = {name: {"r": results.metric(name)} for name in results.rows}
+        bars(r, run.figure("agreement"), title="Agreement of weights, 95 % intervals", label="Pearson's r", scale=1.0)
+    seed = results.seeds[0]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name in ("instilled", "reported_0", "shuffled"):
+        for entry in results.records[seed].get(name, {}).get("log", []):
+            for key, value in entry.items():
+                if key.startswith("loss/"):
+                    curves.setdefault(f"{name}: {key[5:]}", []).append((entry["step"], value))
+    if curves:
+        loss_curves(curves, run.figure("loss"), title=f"Training loss of each task, seed {seed}")

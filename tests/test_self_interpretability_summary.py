@@ -1,0 +1,129 @@
+"""From records to the table and claims: made-up weights whose agreement is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from steerbook.eval.report import RunFolder
+from steerbook.eval.self_interpretability.agreement import pooled_r
+from steerbook.eval.self_interpretability.report import show, stopped, write_report
+from steerbook.eval.self_interpretability.summary import Results, claims, instilled_r
+
+ROLES = ["report_train"] * 12 + ["report_dev"] * 4 + ["report_test"] * 16 + ["native"] * 8 + ["never"] * 4
+NAMES = [f"c{number}" for number in range(len(ROLES))]
+FOLDED = ["report_test"] * 16 + ["report_dev"] * 4 + ["report_train"] * 12 + ["native"] * 8 + ["never"] * 4
+
+
+def record(seed, kind, order, learned_noise, report_noise, level="L1", roles=ROLES, fold=None, turned=1.0):
+    """Weights of the world with noise of these sizes: choices follow targets, reports follow choices."""
+    world, rng = np.random.default_rng(seed), np.random.default_rng([seed, order])
+    contexts = {}
+    for name, role in zip(NAMES, roles, strict=True):
+        target = world.uniform(-100, 100, 5)
+        learned = turned * target + learned_noise * rng.normal(size=5)
+        one = {"role": role, "target": target.tolist(), "mass": [0.9] * 5,
+               "reported": (learned + report_noise * rng.normal(size=5)).tolist()}  # fmt: skip
+        if role != "never":
+            one |= {"learned": dict.fromkeys(("paper", "fractional", "least_squares"), learned.tolist()),
+                    "halves": [learned.tolist(), (learned + 5).tolist()], "linearity": 0.9, "off_answer": 0.01,
+                    "bias": 0.0, "first": 0.5}  # fmt: skip
+        contexts[name] = one
+    log = [{"step": 1, "loss/decision": 0.7}, {"step": 2, "loss/decision": 0.5}]
+    return {"kind": kind, "level": level, "fold": fold, "order": order, "trained": 10, "seconds": 1.5, "log": log,
+            "peak_memory_bytes": 7_000_000, "contexts": contexts, "readable": 0.8}  # fmt: skip
+
+
+def arms(seed):
+    return {
+        "base": record(seed, "base", 0, 500, 500),
+        "instilled": record(seed, "instilled", 1, 10, 100),
+        "reported_0": record(seed, "reported", 2, 12, 20, fold=0),
+        "reported_1": record(seed, "reported", 3, 12, 20, roles=FOLDED, fold=1),
+        "shuffled": record(seed, "shuffled", 4, 12, 5000, fold=0),
+        "reinstil": record(seed, "reinstil", 5, 12, 20, fold=0, turned=-1.0),
+        "instilled_L3": record(seed, "instilled", 6, 100, 100, level="L3"),
+        "reported_L3": record(seed, "reported", 7, 100, 100, level="L3", fold=0),
+    }
+
+
+def test_rows_are_the_right_comparisons():
+    made = {seed: arms(seed) for seed in range(3)}
+    results = Results(made)
+    assert len(results.rows["2: reports on held-out contexts"][0][0]) == 16 + 16  # both folds' tested halves
+    assert len(results.rows["learned against target"][0][0]) == 32
+    assert len(results.rows["native, before report training"][0][0]) == 8
+    first = made[0]
+    held = [name for name, one in first["reported_0"]["contexts"].items() if one["role"] == "report_test"]
+    held += [name for name, one in first["reported_1"]["contexts"].items() if one["role"] == "report_test"]
+    reported = [first["reported_0" if place < 16 else "reported_1"]["contexts"][name]["reported"]
+                for place, name in enumerate(held)]  # fmt: skip
+    learned = [first["instilled"]["contexts"][name]["learned"]["paper"] for name in held]
+    wanted = np.corrcoef(np.ravel(reported), np.ravel(learned))[0, 1]
+    assert pooled_r(*results.rows["2: reports on held-out contexts"][0]) == pytest.approx(wanted)
+    assert results.estimates("2: reports on held-out contexts")[0]["pooled_r"]["value"] == pytest.approx(wanted)
+    r = {name: results.metric(name)["value"] for name in results.rows}
+    assert r["learned against target"] > 0.95 > r["1: reports after instilling"] > 0.3
+    assert r["1: the same, on the contexts of 2"] < r["2: reports on held-out contexts"]
+    assert abs(r["control: trained on shuffled reports"]) < 0.2 and abs(r["base model's reports"]) < 0.3
+    assert (
+        r["new preferences: reports against old choices"]
+        < -0.9
+        < 0.9
+        < r["new preferences: reports against new choices"]
+    )
+    assert 0.3 < r["L3: learned against target"] < 0.8
+    assert "control: another model's reports" not in r
+
+
+def test_claims_are_judged_by_whole_intervals():
+    made = {entry["claim"]: entry for entry in claims(Results({seed: arms(seed) for seed in range(3)}))}
+    assert len(made) == 7  # without another model
+    held_out = made["experiment 2: reports on held-out contexts r 0.45"]
+    assert held_out["supported"] and made["and 0.35 above training on shuffled reports"]["supported"]
+    weak = {
+        seed: {
+            **arms(seed),
+            "reported_0": record(seed, "reported", 2, 12, 300, fold=0),
+            "reported_1": record(seed, "reported", 3, 12, 300, roles=FOLDED, fold=1),
+        }
+        for seed in range(3)
+    }
+    judged = {entry["claim"]: entry["supported"] for entry in claims(Results(weak))}
+    assert not judged["experiment 2: reports on held-out contexts r 0.45"]
+    assert claims(Results({0: arms(0)})) == []
+
+
+def test_a_level_that_stopped_says_why():
+    seeds = {seed: {"base": record(seed, "base", 0, 500, 500), "instilled": record(seed, "instilled", 1, 300, 100)}
+             for seed in range(2)}  # fmt: skip
+    assert instilled_r(seeds[0]["instilled"]) < 0.5
+    assert list(stopped(seeds[0])) == ["L1"] and "did not take" in stopped(seeds[0])["L1"]
+    results = Results(seeds)
+    assert "2: reports on held-out contexts" not in results.rows and results.more() == {}
+
+
+def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
+    made = {seed: arms(seed) for seed in range(3)}
+    with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:
+        for seed, found in made.items():
+            for name, one in found.items():
+                (run.path / f"seed_{seed}" / name).mkdir(parents=True)
+                (run.path / f"seed_{seed}" / name / "measured.json").write_text(json.dumps(one))
+        write_report(run, made)
+    show(run)
+    output = capsys.readouterr().out
+    for text in ("2: reports on", "control: trained on", "Seed 2: by chance",
+                 "supported", "L3: learned against"):  # fmt: skip
+        assert text in output
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    held_out = found["metrics"]["after"]["pooled_r"]
+    assert held_out["value"] == pytest.approx(Results(made).metric("2: reports on held-out contexts")["value"])
+    assert set(found["metrics"]["details"]["0"]) >= {"chance", "gain", "disattenuated r", "readable from embeddings"}
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {
+        "reports.png",
+        "agreement.png",
+        "loss.png",
+    }
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 8 * len(NAMES) and json.loads(lines[0])["arm"] == "base"

@@ -1,0 +1,110 @@
+"""What a run compares: stages, controls and difficulties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .trainer import Part, PreferenceConfig, ReportConfig
+
+LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
+CONTROLS = ("shuffled", "other", "reinstil")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One measured model.
+
+    Attributes:
+        key: its folder and its name in results.
+        kind: "base", "instilled" or "reported"; or one of `CONTROLS`.
+        level: of the difficulty ladder.
+        start: key of the arm whose model it starts from; empty for a base.
+        fold: which half of the instilled contexts reports were trained on, where any were.
+    """
+
+    key: str
+    kind: str
+    level: str = "L1"
+    start: str = ""
+    fold: int | None = None
+
+    @property
+    def world(self) -> str:
+        """What distinguishes agents: levels that differ only in where preferences are instilled share them."""
+        return self.level if self.level in ("L2", "L4") else ""
+
+    @property
+    def part(self) -> Part:
+        """The weights that instilling trains."""
+        return LEVELS[self.level]  # type: ignore[return-value]
+
+
+@dataclass
+class StageArguments:
+    """What to compare, and the second stage where it differs from the first (whose flags are the trainer's)."""
+
+    levels: list[str] = field(
+        default_factory=lambda: ["L1", "L0", "L3"],
+        metadata={
+            "help": "Difficulties, the first one with all folds and controls. L0: preferences are instilled into the "
+            "embeddings alone; L1: into all weights; L2: names of two words; L3: into the last layer alone; L4: "
+            "agents with attributes of their own."
+        },
+    )
+    controls: list[str] = field(
+        default_factory=lambda: list(CONTROLS),
+        metadata={
+            "help": "shuffled: trained on reports of other contexts' weights; other: a model with other preferences; "
+            "reinstil: new preferences by choices alone, after reports were trained."
+        },
+    )
+    folds: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "Halves of the contexts to train reports on, one at a time."}
+    )
+    replay: float = field(default=0.4, metadata={"help": "Share of decisions among the rows of report training."})
+    report_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of report training."})
+    report_max_steps: int = field(default=-1, metadata={"help": "Steps of report training."})
+    report_warmup_steps: int = field(default=0, metadata={"help": "Warm-up of report training."})
+    reinstil_max_steps: int = field(default=-1, metadata={"help": "Steps of instilling anew (default: as before)."})
+    gate: float = field(
+        default=0.8,
+        metadata={"help": "Learned against target weights must reach this r, or reports are not trained (spec 4.6)."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("levels", LEVELS), ("controls", CONTROLS), ("folds", (0, 1))):
+            given = getattr(self, name)
+            unknown = [value for value in given if value not in known]
+            if unknown or len(set(given)) < len(given) or (not given and name != "controls"):
+                raise ValueError(f"--{name} {given}: any of {', '.join(map(str, known))}, each once")
+        if not 0 <= self.replay < 1:
+            raise ValueError(f"--replay {self.replay}: a share of all rows, from 0 to below 1")
+
+    def planned(self) -> list[Arm]:
+        """All models to measure, in the order in which they are made."""
+        first, *others = self.levels
+        arms = [Arm("base", "base", first), Arm("instilled", "instilled", first, "base")]
+        arms += [Arm(f"reported_{fold}", "reported", first, "instilled", fold) for fold in self.folds]
+        starts = {"shuffled": "instilled", "other": "base", "reinstil": f"reported_{self.folds[0]}"}
+        arms += [Arm(control, control, first, starts[control], self.folds[0]) for control in CONTROLS if control in
+                 self.controls]  # fmt: skip
+        for level in others:
+            base = Arm(f"base_{level}", "base", level)
+            own = base.world != arms[0].world
+            arms += [base] * own
+            arms += [Arm(f"instilled_{level}", "instilled", level, base.key if own else "base"),
+                     Arm(f"reported_{level}", "reported", level, f"instilled_{level}", self.folds[0])]  # fmt: skip
+        return arms
+
+
+def report_config(args: PreferenceConfig, stage: StageArguments) -> ReportConfig:
+    """The second stage's arguments: those of the first, with what `stage` says of its own."""
+    usual = PreferenceConfig(output_dir=args.output_dir)
+    shared = {one.name for one in fields(ReportConfig)} & {one.name for one in fields(PreferenceConfig)}
+    given: dict[str, Any] = {
+        name: getattr(args, name) for name in shared if getattr(args, name) != getattr(usual, name)
+    }
+    given |= {"learning_rate": stage.report_learning_rate, "max_steps": stage.report_max_steps,
+              "warmup_steps": stage.report_warmup_steps}  # fmt: skip
+    return ReportConfig(**{"output_dir": args.output_dir, **given})
