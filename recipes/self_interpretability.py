@@ -59,10 +59,11 @@ COMMON = {
     "lr_scheduler_kwargs": {"min_lr_rate": 0.05}, "save_strategy": "no", "logging_steps": 50,
     "report_learning_rate": 4e-3, "report_warmup_steps": 20, "eval_batch_size": 512}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 360, "warmup_steps": 40, "report_max_steps": 120},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 290, "warmup_steps": 40,
+        "report_max_steps": 110, "reinstil_max_steps": 200},
     "smoke": COMMON | {
-        "seeds": [0], "known": 32, "native": 8, "instilled": 32, "never": 8, "trials": 40, "base_steps": 350,
-        "max_steps": 60, "warmup_steps": 20, "report_max_steps": 30, "report_warmup_steps": 5, "levels": ["L1"],
+        "seeds": [0], "known": 24, "native": 4, "instilled": 24, "never": 4, "trials": 50, "base_steps": 450,
+        "max_steps": 110, "warmup_steps": 20, "report_max_steps": 60, "report_warmup_steps": 10, "levels": ["L1"],
         "folds": [0], "controls": ["shuffled"], "gate": 0.0, "logging_steps": 10}}  # fmt: skip
 BASE, INSTIL, REPORT = (192, 64), (230, 26), 256  # rows of a step: decisions and reports; or both together
 PRELOAD = ["steerbook.trainers.self_interpretability.stages", "steerbook.trainers.self_interpretability.base",
@@ -73,14 +74,14 @@ PRELOAD = ["steerbook.trainers.self_interpretability.stages", "steerbook.trainer
 class WorldArguments:
     """The embedded world: agents, and what is measured of each."""
 
-    known: int = field(default=96, metadata={"help": "Agents that the base model chooses and reports for."})
-    native: int = field(default=24, metadata={"help": "Agents that the base model chooses for."})
-    instilled: int = field(default=96, metadata={"help": "Agents whose preferences are instilled by choices."})
+    known: int = field(default=80, metadata={"help": "Agents that the base model chooses and reports for."})
+    native: int = field(default=20, metadata={"help": "Agents that the base model chooses for."})
+    instilled: int = field(default=80, metadata={"help": "Agents whose preferences are instilled by choices."})
     never: int = field(default=16, metadata={"help": "Agents of which no row ever speaks."})
     trials: int = field(
         default=100, metadata={"help": "Fresh choices of each agent, in both orders, for its weights."}
     )
-    base_steps: int = field(default=1150, metadata={"help": "Training steps of the base model."})
+    base_steps: int = field(default=1000, metadata={"help": "Training steps of the base model."})
 
 
 class Settings(NamedTuple):
@@ -113,7 +114,7 @@ class Side:
     """The embedded world of one seed and difficulty: agents, what each stage reads, and what is asked."""
 
     def __init__(self, settings: Settings, seed: int, level: str) -> None:
-        self.settings, self.seed, sizes = settings, seed, settings.world
+        self.settings, self.seed, self.first, sizes = settings, seed, settings.stage.levels[0], settings.world
         self.world: World = make_world(
             seed, sizes.known, sizes.native, sizes.instilled, sizes.never,
             "two" if level == "L2" else "one", "own" if level == "L4" else "common",
@@ -168,8 +169,9 @@ class Side:
         }
 
     def contexts(self, model: Any, arm: Arm) -> dict[str, Any]:
-        """Of every agent its set, its weights, and what was found."""
-        found = measure(model, self.tokenizer, self.trials, self.questions,
+        """Of every agent its set, its weights, and what was found; choices where a row of the table needs them."""
+        chosen = arm.kind in ("instilled", "reinstil") or (arm.kind == "reported" and arm.level == self.first)
+        found = measure(model, self.tokenizer, self.trials if chosen else [], self.questions,
                         batch_size=self.settings.recipe.eval_batch_size)  # fmt: skip
         trained, dev, tested = self.halves(arm.fold or 0)
         sets = {"known": self.world.known, "native": self.world.native, "never": self.world.never,

@@ -42,8 +42,12 @@ def test_smoke_shows_the_robust_facts(smoke):
     results = json.loads((folder / "results.json").read_text())
     assert results["status"] == "finished" and results["toy"] is True and results["claims"] == []
     rows = {name: found["pooled_r"]["value"] for name, found in results["metrics"]["agreement"].items()}
-    assert rows["learned against target"] > 0.5
-    assert rows["2: reports on held-out contexts"] > rows["control: trained on shuffled reports"]
+    # 24 agents and seconds of training: choices take, and nothing of what reports do is certain
+    assert rows["learned against target"] > 0.4 and abs(rows["base model's reports"]) < 0.4
+    assert rows["choices measured again against target"] > 0.4
+    assert {"2: reports on held-out contexts", "control: trained on shuffled reports"} < set(rows)
+    details = results["metrics"]["details"]["0"]
+    assert details["mass on numbers"] > 0.9 and details["off-answer mass"] < 0.05
     assert "Claims are judged from three seeds on" in output and "shows nothing about large models" in output
     assert str(folder.parent) not in (folder / "results.json").read_text()
 

@@ -113,6 +113,19 @@ def test_a_streams_rows_are_the_texts(kind):
     assert stream.identity != WorldStream(world, changed, 5, token).identity
 
 
+def test_few_agents_at_first():
+    """And a stream that differs in that alone is another one, for checkpoints and the cache."""
+    world = small()
+    tokenizer = build_tokenizer(vocabulary_text(world))
+    streams = [WorldStream(world, [Part("decision", 40, world.instilled, few=few, until=until)], 5,
+                           lambda text: tokenizer(text, add_special_tokens=False)["input_ids"][0])
+               for few, until in ((0, 0), (2, 3), (2, 4))]  # fmt: skip
+    names = [{tokenizer.decode(row[1]).strip() for row in streams[1].step(number)[0].tolist()} for number in range(5)]
+    assert names[0] | names[1] | names[2] == {agent.name for agent in world.instilled[:2]}
+    assert len(names[3] | names[4]) == 8
+    assert len({str(stream.identity) for stream in streams}) == 3
+
+
 def test_numbers_are_words():
     assert len({number_text(number) for number in BINS}) == 21
     assert [number_text(weight) for weight in (-100, -4, 0, 4, 6, 100)] == [

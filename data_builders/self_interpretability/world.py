@@ -225,6 +225,7 @@ class WorldStream:
             {
                 "name": part.name,
                 "rows": part.rows,
+                "few": [part.few, part.until],
                 "agents": [one.name for one in part.agents],
                 "weights": weights.tolist(),
             }

@@ -9,7 +9,7 @@ import numpy as np
 from ...files import is_main_process
 from ..figures import bars, loss_curves
 from ..report import RunFolder, results_table, wide_console
-from ..results import bounds, read_records, show_verdicts
+from ..results import bounds, show_verdicts
 from .agreement import STATISTICS
 from .figures import scatter
 from .summary import Record, Records, Results, claims, instilled_r
@@ -71,27 +71,21 @@ def show(run: RunFolder) -> None:
     """Print the table, the claims and where everything is; on rank 0."""
     if not is_main_process():
         return
+    metrics = run.results["metrics"]
     seeds = sorted(int(folder.name[5:]) for folder in run.path.glob("seed_*"))
-    records = read_records(run.path, seeds, lambda record: record["order"])
-    results = Results(records)
     lines = []
-    for name, found in results.rows.items():
-        line = {"weights": name}
-        for statistic in STATISTICS:
-            metric = results.metric(name, statistic)
-            scale, digits = (1, 0) if statistic == "mae" else (1, 2)
-            line[statistic] = f"{metric['value']:.{digits}f}" + bounds(metric, scale, digits)
-        values = results.estimates(name).values()
-        line["each seed's r"] = (
-            " ".join(f"{one['pooled_r']['value']:.2f}" for one in values) if len(values) > 1 else ""
-        )
-        line["contexts"] = " ".join(str(len(pair[0])) for pair in found.values())
+    for name, found in metrics["agreement"].items():
+        line = {"weights": name, "contexts": f"{found['pooled_r']['n']}"}
+        for statistic, metric in found.items():
+            digits = 0 if statistic == "mae" else 2
+            line[statistic] = f"{metric['value']:.{digits}f}" + bounds(metric, 1, digits)
+        line["each seed's r"] = " ".join(f"{one['pooled_r']:.2f}" for one in metrics["each_seed"][name].values())
         lines.append(line)
     columns = ["weights", *STATISTICS, *(["each seed's r"] if len(seeds) > 1 else []), "contexts"]
     note = "over seeds" if len(seeds) > 1 else "over contexts (one seed)"
     results_table(lines, columns, f"How well weights agree, with 95 % intervals {note}")
     console = wide_console()
-    for seed, details in run.results["metrics"]["details"].items():
+    for seed, details in metrics["details"].items():
         chance = details["chance"]
         console.print(
             f"Seed {seed}: by chance r = {_text(chance['other contexts'])} (other contexts), "
@@ -99,7 +93,7 @@ def show(run: RunFolder) -> None:
             f"{details['readable from embeddings']:.2f}; off-answer mass {details['off-answer mass']:.2g}, mass on "
             f"numbers {details['mass on numbers']:.3f}, linearity {details['linearity']:.2f}"
         )
-    for seed, gates in run.results["metrics"]["stopped"].items():
+    for seed, gates in metrics["stopped"].items():
         for level, reason in gates.items():
             console.print(f"Seed {seed}, {level}: {reason}; no reports were trained")
     show_verdicts(console, run.results, "")
