@@ -1,6 +1,8 @@
 """Hidden weights, trials and their labels, words and how reports are read back, splits and leaks."""
 
 import json
+import re
+import sys
 from collections import Counter
 from fractions import Fraction
 from random import Random
@@ -8,7 +10,15 @@ from random import Random
 import numpy as np
 import pytest
 
+from steerbook.data_builders.self_interpretability import (
+    PreferenceDataArguments,
+    build,
+    make_split,
+    make_weights,
+)  # fmt: skip
+from steerbook.data_builders.self_interpretability.__main__ import main
 from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
+from steerbook.data_builders.self_interpretability.generated import generated_contexts
 from steerbook.data_builders.self_interpretability.splits import check_leaks, split_contexts
 from steerbook.data_builders.self_interpretability.texts import (
     decision_prompt,
@@ -143,3 +153,93 @@ def test_leaks_are_found_by_name_and_by_text():
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             check_leaks({"train": [*fine, bad]}, split)
     assert json.loads(report_text(TEA, (1, 2, 3))) == dict(zip(NAMES, (1, 2, 3), strict=True))
+
+
+FEW = {"instilled": 10, "native": 4, "never": 3, "choices": 6, "choices_dev": 2}
+
+
+def test_made_up_contexts_share_nothing():
+    made = generated_contexts(240, 1)
+    assert made == generated_contexts(240, 1) != generated_contexts(240, 2)
+    attributes = [one.name for context in made for one in context.attributes]
+    assert len(set(attributes)) == len(attributes) == 1200
+    assert len({context.name for context in made}) == len({context.question for context in made}) == 240
+    assert all(one.low < one.high for context in made for one in context.attributes)
+    with pytest.raises(ValueError, match="241 contexts .* attributes for 240"):
+        generated_contexts(241, 1)
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_rows_say_what_the_weights_imply(fold):
+    """Every answer worked out again from the text of its prompt, and every report from the weights."""
+    args = PreferenceDataArguments(**FEW, fold=fold, reports_each=2)
+    data, split = build(args), make_split(args)
+    weights = make_weights(args, split)
+    assert {name: len(rows) for name, rows in data.items()} == {
+        "decisions": 60, "decisions_dev": 20, "reports": 8, "reports_dev": 1, "reports_test": 5}  # fmt: skip
+    contexts = {one.name: one for one in split.instilled}
+    texts = set()
+    for row in (*data["decisions"], *data["decisions_dev"]):
+        context = contexts[row["context"]]
+        ends = {one.name: one.high - one.low for one in context.attributes}
+        shown = row["prompt"][1]["content"]
+        options = [dict(re.findall(r"^(\w+): (-?[\d.]+)", part, re.M)) for part in re.split(r"\n[AB]:\n", shown)[1:]]
+        assert len(options) == 2 and all(list(option) == list(ends) for option in options)
+        gaps = {name: Fraction(options[0][name]) - Fraction(options[1][name]) for name in ends}
+        utility = sum(Fraction(weight) * gaps[name] / Fraction(ends[name])
+                      for name, weight in zip(ends, weights[context.name], strict=True))  # fmt: skip
+        if abs(utility) > Fraction(1, 10**9):
+            assert row["completion"] == [{"role": "assistant", "content": "A" if utility > 0 else "B"}]
+        texts.add(shown)
+    assert len(texts) > 75  # fresh options each time
+    for name in ("reports", "reports_dev", "reports_test"):
+        for row in data[name]:
+            assert parse_report(contexts[row["context"]], row["completion"][0]["content"]) == list(
+                weights[row["context"]]
+            )
+            assert row["role"] == {"reports": "report_train"}.get(name, name.replace("reports", "report"))
+    assert len({row["id"] for rows in data.values() for row in rows}) == 94
+
+
+def test_the_same_arguments_give_the_same_rows_and_folds_the_same_choices():
+    one, other = build(PreferenceDataArguments(**FEW)), build(PreferenceDataArguments(**FEW, fold=1))
+    assert one["decisions"].to_list() == build(PreferenceDataArguments(**FEW))["decisions"].to_list()
+    assert one["decisions"].to_list() != build(PreferenceDataArguments(**FEW, rows_seed=1))["decisions"].to_list()
+    trained = [{row["context"] for name in ("reports", "reports_dev") for row in data[name]} for data in (one, other)]
+    assert not trained[0] & trained[1] and set(one["reports_test"]["context"]) == trained[1]
+    drawn = [{row["context"]: row["completion"] for row in data["reports_test"]} for data in (one, other)]
+    assert set(drawn[1]) == trained[0]
+
+
+def test_shuffled_reports_are_the_same_weights_of_other_contexts():
+    plain, mixed = (build(PreferenceDataArguments(**FEW, shuffled=shuffled))["reports"] for shuffled in (False, True))
+
+    def values(rows):
+        return [tuple(json.loads(row["completion"][0]["content"]).values()) for row in rows]
+
+    assert sorted(values(plain)) == sorted(values(mixed)) and values(plain) != values(mixed)
+    assert plain["prompt"] == mixed["prompt"]
+
+
+def test_bad_arguments_and_files(tmp_path):
+    for bad, message in (
+        ({"choices": 0}, "--choices 0"),
+        ({"native": -1}, "--native -1"),
+        ({"instilled": 3}, "at least 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(PreferenceDataArguments(**(FEW | bad)))
+    file = tmp_path / "s.jsonl"
+    attributes = [{"name": "a", "units": "", "range": [1, 1]}, {"name": "b", "units": "", "range": [0, 1]}]
+    file.write_text(json.dumps({"short_name": "x", "question": "q?", "attributes": attributes}) + "\n")
+    with pytest.raises(ValueError, match=r"s\.jsonl.*'a' from 1 to 1"):
+        build(PreferenceDataArguments(**FEW, scenarios=str(file)))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    flags = [f"--{name}={value}" for name, value in FEW.items()]
+    monkeypatch.setattr(sys, "argv", ["x", *flags, "--out", str(tmp_path / "d"), "--preview", "1"])
+    assert main() == 0
+    assert "[DECISION TASK]" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["splits"]["decisions"]["rows"] == 60

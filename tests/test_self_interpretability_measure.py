@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from steerbook.data_builders.self_interpretability.asking import choices, questions
 from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
@@ -138,22 +140,47 @@ def test_reports_against_one_string_at_a_time(tiny):
     found = measure_reports(model, tokenizer, asked, batch_size=32)
     for question, report in zip(asked, found, strict=True):
         text = prompt_text(tokenizer, question.prompt, {})
-        assert question.openings == ('{"caffeine": ', ', "tar": ') and question.closings == (",", "}")
+        assert question.openings == ('{"caffeine":', ', "tar":') and question.closings == (",", "}")
         for place in (0, 1):
             text += question.openings[place]
             before = len(tokenizer(text)["input_ids"])
             logs = []
             with torch.no_grad():
                 for value in range(-100, 101):
-                    ids = tokenizer(f"{text}{value}{question.closings[place]}")["input_ids"]
+                    ids = tokenizer(f"{text} {value}{question.closings[place]}")["input_ids"]
                     rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
                     logs.append(sum(float(rows[at - 1, ids[at]]) for at in range(before, len(ids))))
             masses = np.exp(logs)
             np.testing.assert_allclose(report.probabilities[place], masses / masses.sum(), rtol=1e-4, atol=1e-9)
             assert report.mass[place] == pytest.approx(masses.sum(), rel=1e-5)
-            text += str(range(-100, 101)[int(np.argmax(logs))])  # greedy earlier values stand in front
+            text += f" {range(-100, 101)[int(np.argmax(logs))]}"  # greedy earlier values stand in front
     means = mean_reports(asked, found)["tea"]
     np.testing.assert_allclose(means, np.mean([report.expected for report in found], axis=0))
+
+
+def test_a_merged_sign_is_scored_as_fairly_as_a_space():
+    """Where " -" is one token, a negative number has no other token given than a positive one: the probabilities of
+    all numbers are those of their texts behind the colon."""
+    vocabulary = {
+        piece: token for token, piece in enumerate(["<s>", "x", ":", " ", " -", *map(str, range(10)), ",", "}"])
+    }
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r" -|."), "isolated")
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<s>")
+    model = new_model(build_tokenizer([], "byte"), TinyConfig(layers=1, initializer_range=0.4), seed=0).eval()
+    question = questions([TEA], 1, Random(0))[0]
+    plain = SimpleNamespace(**(vars(question) | {"prompt": "x", "openings": (":", ":"), "places": (0, 1)}))
+    found = measure_reports(model, tokenizer, [plain], batch_size=64)[0]
+    given, logs = tokenizer("x:")["input_ids"], []
+    with torch.no_grad():
+        for value in range(-100, 101):
+            ids = tokenizer(f"x: {value},")["input_ids"]
+            assert ids[: len(given)] == given
+            rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            logs.append(sum(float(rows[at - 1, ids[at]]) for at in range(len(given), len(ids))))
+    masses = np.exp(logs)
+    np.testing.assert_allclose(found.probabilities[0], masses / masses.sum(), rtol=1e-4, atol=1e-9)
 
 
 def test_a_reports_read_outs_by_hand():

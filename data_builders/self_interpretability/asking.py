@@ -57,17 +57,19 @@ def questions(contexts: Sequence[Context], each: int, rng: Random) -> list[Quest
     """`each` requests for a whole report of every context, every other one with A and B having changed places; scored
     on every whole number from -100 to 100, as JSON writes it."""
     values = tuple(range(-LARGEST, LARGEST + 1))
+    # The space is the number's: " -" is one token for some, and must not be scored where that of " 7" is given.
+    numbers = tuple(f" {value}" for value in values)
     found = []
     for context in contexts:
         names = [attribute.name for attribute in context.attributes]
-        openings = tuple(f'{", " if place else "{"}"{name}": ' for place, name in enumerate(names))
+        openings = tuple(f'{", " if place else "{"}"{name}":' for place, name in enumerate(names))
         closings = tuple("}" if name == names[-1] else "," for name in names)
         trial: Trial | None = None
         for number in range(each):
             trial = draw_trial(rng, context) if number % 2 == 0 or trial is None else trial.swapped()
             found.append(
                 Question(context.name, tuple(range(len(names))), report_prompt(context, trial), openings, closings,
-                         values, tuple(map(str, values)))
+                         values, numbers)
             )  # fmt: skip
     return found
 
