@@ -5,8 +5,8 @@
 One process, one thread, contenders in turn, CPU time. A random Llama of 4 M parameters and a byte-pair tokenizer that
 takes digits one by one. Reports: all 201 numbers of five attributes, ours on a shared key-value cache, and each number
 as a whole text of its own, one at a time and in batches of 32 (timed on one attribute). Choices: 24 trials in both
-orders, ours by one forward pass each, and `generate` in batches, up to the end of the answer. Before anything is timed,
-the results are compared.
+orders, ours by one forward pass each, and `generate` in batches, up to the end of the answer. The results are compared
+before anything is timed.
 """
 
 from __future__ import annotations
