@@ -162,7 +162,11 @@ def screen_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> l
     """The table as text: `97.3 [94, 100]`, shares in per cent; the first column also with every seed."""
     lines = []
     for row in rows:
-        line = {"method": row["method"], "parameters": f"{row['parameters']:,}", "seconds": f"{row['seconds']:.1f}"}
+        line = {
+            "method": row["method"],
+            "parameters": f"{row['parameters']:,}",
+            "seconds": f"{row['seconds']:.1f}" if row["seconds"] else "",
+        }
         line["MB"] = f"{row['peak_memory_bytes'] / 1e6:,.0f}"
         for number, column in enumerate(shown):
             if column.title not in row:

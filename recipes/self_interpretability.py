@@ -48,7 +48,7 @@ from steerbook.files import write_json
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.seeds import run_seeds
-from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, report_config
+from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, check, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
 from steerbook.trainers.self_interpretability.stages import run_stage
 from steerbook.trainers.self_interpretability.trainer import PreferenceConfig, PreferenceTrainer
@@ -83,6 +83,12 @@ class WorldArguments:
     )
     base_steps: int = field(default=1000, metadata={"help": "Training steps of the base model."})
 
+    def __post_init__(self) -> None:
+        for name, least in (("known", 1), ("native", 0), ("never", 0), ("trials", 12), ("base_steps", 0)):
+            if getattr(self, name) < least:
+                why = ", to fit five weights and an intercept to each half" if name == "trials" else ""
+                raise ValueError(f"--{name} {getattr(self, name)}: at least {least}{why}")
+
 
 class Settings(NamedTuple):
     """The parsed command line."""
@@ -103,8 +109,7 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
-    if settings.training.packing:
-        raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
+    check(settings.training, settings.stage, (sum(INSTIL), REPORT))
     if settings.training.part != "all":
         raise ValueError(f"--part {settings.training.part} has no effect here: --levels says what is instilled where")
     return settings
@@ -208,7 +213,8 @@ def make(side: Side, arm: Arm, models: dict[str, Any], settings: Settings, folde
     """The arm's model, from a copy of what it starts from; loaded if it is there already."""
     stage, first, seed = settings.stage, settings.training, side.seed
     second = report_config(first, stage)
-    first.per_device_train_batch_size, second.per_device_train_batch_size = sum(INSTIL), REPORT
+    cut = first.gradient_accumulation_steps * first.world_size
+    first.per_device_train_batch_size, second.per_device_train_batch_size = sum(INSTIL) // cut, REPORT // cut
     if arm.kind == "base":
         return Fit(side.base(progress=len(settings.recipe.seeds) == 1), [], 0.0, 0)
 
@@ -249,7 +255,7 @@ def took(file: Path, gate: float) -> bool:
 def dry_run(settings: Settings) -> None:
     quiet_libraries()
     training = settings.training
-    training.per_device_train_batch_size = sum(INSTIL)
+    training.per_device_train_batch_size = sum(INSTIL) // (training.gradient_accumulation_steps * training.world_size)
     side = Side(replace_base(settings), settings.recipe.seeds[0], settings.stage.levels[0])
     with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
         stream = side.instil(side.world.instilled)
@@ -261,7 +267,7 @@ def dry_run(settings: Settings) -> None:
 
 def replace_base(settings: Settings) -> Settings:
     """With an untrained base model: a dry run spends no time."""
-    return settings._replace(world=replace(settings.world, base_steps=0, trials=1))
+    return settings._replace(world=replace(settings.world, base_steps=0, trials=12))
 
 
 def main(argv: list[str]) -> None:
@@ -269,7 +275,7 @@ def main(argv: list[str]) -> None:
         settings = parse(argv)
         training, seeds = settings.training, settings.recipe.seeds
         for level in settings.stage.levels:  # too few agents, or more than there are names
-            Side(settings._replace(world=replace(settings.world, trials=1)), seeds[0], level).halves(0)
+            Side(settings._replace(world=replace(settings.world, trials=12)), seeds[0], level).halves(0)
         if settings.recipe.dry_run:
             return dry_run(settings)
         flags, defaults = flags_and_defaults(settings)

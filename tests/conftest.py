@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +85,18 @@ def load_recipe():
             return module
 
         yield load
+
+
+@pytest.fixture(scope="session")
+def launch_smoke(tmp_path_factory):
+    """`launch_smoke("lofit")`: its smoke preset as a user runs it; the run's folder, and what it printed."""
+
+    def launch(name):
+        folder = tmp_path_factory.mktemp(name) / "smoke"
+        command = [sys.executable, "-m", "accelerate.commands.launch", f"recipes/{name}.py", "--preset", "smoke"]
+        done = subprocess.run([*command, "--output_dir", str(folder)], cwd=Path(__file__).parents[1], env=os.environ,
+                              capture_output=True, text=True, timeout=600)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder, done.stdout
+
+    return launch

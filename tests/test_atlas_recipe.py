@@ -1,9 +1,6 @@
 """recipes/atlas.py as a user runs it: the smoke preset by `accelerate launch`, own models and files, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,14 +33,8 @@ def recipe(load_recipe):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe") / "smoke"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/atlas.py", "--preset", "smoke"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+def smoke(launch_smoke):
+    return launch_smoke("atlas")
 
 
 def test_smoke_shows_an_honest_table(smoke):

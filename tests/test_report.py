@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerbook.eval import report
+from steerbook.eval.model_card import model_card
 from steerbook.eval.report import RunFolder, format_interval, results_table
 from steerbook.files import replacing, to_json, write_json
 
@@ -343,3 +344,23 @@ def test_the_code_of_the_card_runs(tmp_path, monkeypatch):
     loaded = runpy.run_path(str(tmp_path / "snippet.py"))["model"].eval()
     ids = torch.tensor([[0, 1, 2]])
     assert torch.allclose(loaded(ids).logits, tuned.eval()(ids).logits, atol=1e-6)
+
+
+def test_a_card_has_a_table_for_each_set_of_metrics_and_no_endless_lists():
+    """Sections with a metric in common share a table; what would take more than thirty lines stays in results.json."""
+    metrics = {
+        "before": {"em": METRIC},
+        "others": {"hint": {"em": METRIC}},
+        "tokens": {"hint": {"tokens": METRIC}, "plain": {"tokens": METRIC}},
+        "short": {str(n): n for n in range(5)},
+        "long": {str(n): n for n in range(60)},
+    }
+    base = {"recipe": "x", "status": "finished", "toy": True}
+    card = model_card(base | {"metrics": metrics})
+    assert card.count("| method |") == 2 and "| method | em |" in card and "| method | tokens |" in card
+    assert (
+        card.index("| before |") < card.index("| hint |") < card.index("| method | tokens |") < card.index("| plain |")
+    )
+    assert "- short / 4: 4" in card and "- long: in `results.json`" in card and "long / 7" not in card
+    whole = {"folder": "seed_0/a/model", "module": "json", "function": "loads"}
+    assert "from json import loads" in model_card(base | {"model": whole})

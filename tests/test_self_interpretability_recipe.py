@@ -1,9 +1,6 @@
 """recipes/self_interpretability.py as a user runs it: the smoke preset by `accelerate launch`, resuming, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,21 +17,8 @@ def recipe(load_recipe):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe") / "smoke"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "recipes/self_interpretability.py",
-        "--preset",
-        "smoke",
-    ]
-    done = subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+def smoke(launch_smoke):
+    return launch_smoke("self_interpretability")
 
 
 def test_smoke_shows_the_robust_facts(smoke):
@@ -120,6 +104,11 @@ def test_dry_run_shows_rows_and_leaves_nothing(recipe, tmp_path, capsys):
         (["--part", "embeddings"], ["--part embeddings has no effect here", "--levels"]),
         (["--packing", "true"], ["packing"]),
         (["--seed", "3"], ["--seeds 3"]),
+        (["--per_device_train_batch_size", "8"], ["--per_device_train_batch_size 8 has no effect"]),
+        (["--gradient_accumulation_steps", "3"], ["256 or 256 rows", "--gradient_accumulation_steps 3 x 1"]),
+        (["--report_max_steps", "-1"], ["--report_max_steps -1", "say how many"]),
+        (["--trials", "5"], ["--trials 5: at least 12"]),
+        (["--known", "0"], ["--known 0: at least 1"]),
         (["--nonsense", "1"], ["--nonsense"]),
     ],
 )

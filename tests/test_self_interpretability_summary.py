@@ -52,7 +52,8 @@ def test_rows_are_the_right_comparisons():
     results = Results(made)
     assert len(results.rows["2: reports on held-out contexts"][0][0]) == 16 + 16  # both folds' tested halves
     assert len(results.rows["learned against target"][0][0]) == 32
-    assert len(results.rows["native, before report training"][0][0]) == 8
+    for name in ("native, before report training", "3: native, after report training"):
+        assert len(results.rows[name][0][0]) == 8  # each context once, however many folds
     first = made[0]
     held = [name for name, one in first["reported_0"]["contexts"].items() if one["role"] == "report_test"]
     held += [name for name, one in first["reported_1"]["contexts"].items() if one["role"] == "report_test"]
@@ -101,6 +102,22 @@ def test_a_level_that_stopped_says_why():
     assert list(stopped(seeds[0])) == ["L1"] and "did not take" in stopped(seeds[0])["L1"]
     results = Results(seeds)
     assert "2: reports on held-out contexts" not in results.rows and results.more() == {}
+
+
+def test_a_failed_run_still_gets_its_report(tmp_path):
+    """Halves that disagree, a probe that reads nothing, contexts that could not be fitted: said, without NaN."""
+    made = arms(0)
+    for one in made["instilled"]["contexts"].values():
+        if "halves" in one:
+            one["halves"][1] = [-weight for weight in one["halves"][0]]
+            del one["linearity"]
+    made["instilled"]["readable"] = -0.1
+    details = Results({0: made}).more()["0"]
+    assert details["reliability of learned weights"] == 0.0 and details["linearity"] == 0.0
+    assert "disattenuated r" not in details and "reported of readable" not in details
+    with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:
+        write_report(run, {0: made})
+    assert run.finished
 
 
 def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):

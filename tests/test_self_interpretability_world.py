@@ -119,11 +119,12 @@ def test_few_agents_at_first():
     tokenizer = build_tokenizer(vocabulary_text(world))
     streams = [WorldStream(world, [Part("decision", 40, world.instilled, few=few, until=until)], 5,
                            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"][0])
-               for few, until in ((0, 0), (2, 3), (2, 4))]  # fmt: skip
+               for few, until in ((0, 0), (2, 3), (2, 4), (99, 3))]  # fmt: skip
     names = [{tokenizer.decode(row[1]).strip() for row in streams[1].step(number)[0].tolist()} for number in range(5)]
     assert names[0] | names[1] | names[2] == {agent.name for agent in world.instilled[:2]}
     assert len(names[3] | names[4]) == 8
-    assert len({str(stream.identity) for stream in streams}) == 3
+    assert len({str(stream.identity) for stream in streams}) == 4
+    assert np.array_equal(streams[3].step(0)[0], streams[0].step(0)[0])  # more than there are: all
 
 
 def test_numbers_are_words():

@@ -1,9 +1,6 @@
 """recipes/task_hinting.py as a user runs it: the smoke preset by `accelerate launch`, other tasks, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,14 +20,8 @@ def recipe(load_recipe):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe") / "smoke"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/task_hinting.py", "--preset", "smoke"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+def smoke(launch_smoke):
+    return launch_smoke("task_hinting")
 
 
 def test_smoke_shows_the_robust_facts(smoke):

@@ -238,7 +238,8 @@ class WorldStream:
         rng = np.random.default_rng([self.seed, number])
         made = []
         for place, part in enumerate(self.tasks):
-            agents = rng.integers(0, part.few if part.few and number < part.until else len(part.agents), part.rows)
+            few = min(part.few or len(part.agents), len(part.agents))
+            agents = rng.integers(0, few if number < part.until else len(part.agents), part.rows)
             made.append((self._decisions if part.name == "decision" else self._reports)(rng, place, agents))
         width = max(rows.shape[1] for rows in made)
         ids = np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1]))) for rows in made])

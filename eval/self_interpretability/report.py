@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,7 @@ def write_report(run: RunFolder, records: Records) -> None:
         claims=claims(results),
         trainable_parameters=max(record["trained"] for record in arms.values()),
         cost={
-            "seconds": {
-                name: round(
-                    float(
-                        np.mean([records[seed][name]["seconds"] for seed in results.seeds if name in records[seed]])
-                    ),
-                    2,
-                )
-                for name in arms
-            },  # fmt: skip
+            "seconds": {name: round(_seconds(records, name), 2) for name in arms},
             "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in arms.items()},
         },
         base_model={"name": "from scratch"},
@@ -55,7 +48,7 @@ def write_report(run: RunFolder, records: Records) -> None:
     run.update()  # the card lists the figures
 
 
-def stopped(arms: dict[str, Any] | Any) -> dict[str, str]:
+def stopped(arms: Mapping[str, Record]) -> dict[str, str]:
     """Of the levels whose reports were not trained, why."""
     levels = {record["level"] for record in arms.values() if record["kind"] == "instilled"}
     going_on = {record["level"] for record in arms.values() if record["kind"] == "reported"}
@@ -98,6 +91,11 @@ def show(run: RunFolder) -> None:
             console.print(f"Seed {seed}, {level}: {reason}; no reports were trained")
     show_verdicts(console, run.results, "")
     console.print(f"Results, figures, samples and models: {run.path}")
+
+
+def _seconds(records: Records, name: str) -> float:
+    """Of an arm's training, the mean over the seeds that have it."""
+    return float(np.mean([arms[name]["seconds"] for arms in records.values() if name in arms]))
 
 
 def _text(found: Any) -> str:

@@ -15,6 +15,7 @@ Record: TypeAlias = Mapping[str, Any]
 Records: TypeAlias = Mapping[int, Mapping[str, Record]]
 Array = NDArray[np.float64]
 Pair: TypeAlias = tuple[Array, Array]  # of the same contexts [contexts, attributes]: reported or learned, and true
+RANGES = {"pooled_r": (-1.0, 1.0), "within_context_r": (-1.0, 1.0), "sign_agreement": (0.0, 1.0), "mae": (0.0, np.inf)}
 INSTILLED = ("report_train", "report_dev", "report_test")
 
 
@@ -67,14 +68,12 @@ class Results:
         found["1: the same, on the contexts of 2"] = _joined([reports_against(one, instilled, test) for one in before])
         found["2: reports on held-out contexts"] = _joined(held_out)
         found["the same, against choices measured again"] = _joined([reports_against(one, one, test) for one in folds])
-        found["choices measured again against target"] = _joined([learned_against_target(one) for one in folds])
         found["native, before report training"] = reports_against(instilled, instilled, ("native",))
-        found["3: native, after report training"] = _joined(
-            [reports_against(one, instilled, ("native",)) for one in folds]
-        )
-        if folds:
-            found["never set (dummy weights)"] = _joined(
-                [_pair(one, lambda it: it.get("reported"), one, lambda it: it["target"], ("never",)) for one in folds]
+        for one in folds[:1]:  # these contexts are the same in every fold, and no more for being measured twice
+            found["choices measured again against target"] = learned_against_target(one)
+            found["3: native, after report training"] = reports_against(one, instilled, ("native",))
+            found["never set (dummy weights)"] = _pair(
+                one, lambda it: it.get("reported"), one, lambda it: it["target"], ("never",)
             )
         if "shuffled" in arms:
             found["control: trained on shuffled reports"] = reports_against(arms["shuffled"], instilled, test)
@@ -104,7 +103,11 @@ class Results:
         found = [one[statistic] for one in self.estimates(name).values()]
         if len(found) == 1:
             return {key: found[0][key] for key in ("value", "low", "high", "n")}  # type: ignore[return-value]
-        return _over_seeds([one["value"] for one in found], sum(one["n"] for one in found))
+        over = _over_seeds([one["value"] for one in found], sum(one["n"] for one in found))
+        least, most = RANGES.get(statistic, (-np.inf, np.inf))
+        if over["low"] is not None and over["high"] is not None:
+            over |= {"low": max(least, over["low"]), "high": min(most, over["high"])}
+        return over
 
     def difference(self, one: str, other: str) -> Metric:
         """Of two rows' pooled r: mean over seeds with interval (of one seed: without)."""
@@ -125,15 +128,17 @@ class Results:
             here["chance"] = {"other contexts": permuted(*pair), "other attributes": permuted(*pair, within=True)}
             here["gain"] = gain(pair[0], before[0], pair[1])
             instilled = arms["instilled"]
+            held_out = float(pooled_r(*pair))
             halves = [one["halves"] for one in instilled["contexts"].values() if one.get("halves")]
-            r = float(pooled_r(np.array([h[0] for h in halves]), np.array([h[1] for h in halves])))
-            reliability = 2 * r / (1 + r)
-            here["reliability of learned weights"] = reliability
-            here["disattenuated r"] = disattenuated(float(pooled_r(*pair)), min(1.0, reliability))
+            r = float(pooled_r(np.array([h[0] for h in halves]), np.array([h[1] for h in halves]))) if halves else 0.0
+            here["reliability of learned weights"] = 2 * r / (1 + r) if r > 0 else 0.0  # Spearman-Brown
+            if r > 0:  # else there is nothing that r could be corrected for
+                here["disattenuated r"] = disattenuated(held_out, here["reliability of learned weights"])
             here["readable from embeddings"] = instilled["readable"]
-            here["reported of readable"] = float(pooled_r(*pair)) / instilled["readable"]
+            if instilled["readable"] > 0:
+                here["reported of readable"] = held_out / instilled["readable"]
             chosen = [one for one in instilled["contexts"].values() if "learned" in one]
-            here["linearity"] = float(np.mean([one["linearity"] for one in chosen if "linearity" in one]))
+            here["linearity"] = float(np.mean([one.get("linearity", 0.0) for one in chosen]))
             here["off-answer mass"] = float(np.mean([one["off_answer"] for one in chosen]))
             here["contexts that could not be fitted"] = sum("refused" in one for one in chosen)
             here["mass on numbers"] = float(np.mean([np.mean(one["mass"]) for one in instilled["contexts"].values()]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..fingerprint import model_fingerprint
+from ..fits import Fit
 from ..training import own_forward
 from .config import LofitConfig
 from .selection import HeadSelection, learned_scores, top_heads
 from .trainer import LofitDPOConfig, LofitDPOTrainer, LofitSFTConfig, LofitSFTTrainer
 
 FINISHED = "finished.json"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A finished fit: the tuned model, its training log and what it cost."""
-
-    model: PeftModel
-    log: list[dict[str, float]]
-    seconds: float
-    trained: int
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -96,6 +97,26 @@ class StageArguments:
             arms += [Arm(f"instilled_{level}", "instilled", level, base.key if own else "base"),
                      Arm(f"reported_{level}", "reported", level, f"instilled_{level}", self.folds[0])]  # fmt: skip
         return arms
+
+
+def check(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:
+    """ValueError for what streams of so many rows a step (of each stage) cannot be trained with."""
+    if args.per_device_train_batch_size != PreferenceConfig.per_device_train_batch_size:
+        raise ValueError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size} has no effect here: a step has "
+            f"{rows[0]} rows, which --gradient_accumulation_steps cuts"
+        )
+    cut = args.gradient_accumulation_steps * args.world_size
+    if any(count % cut for count in rows):
+        raise ValueError(
+            f"a step has {' or '.join(map(str, rows))} rows, which --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {args.world_size} processes do not divide"
+        )
+    for name, steps in (("max_steps", args.max_steps), ("report_max_steps", stage.report_max_steps)):
+        if steps < 1:
+            raise ValueError(f"--{name} {steps}: fresh choices have no end, so say how many steps")
+    if args.packing:
+        raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
 
 
 def report_config(args: PreferenceConfig, stage: StageArguments) -> ReportConfig:

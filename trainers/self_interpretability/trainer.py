@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from trl import SFTConfig
 
@@ -96,8 +96,6 @@ def replayed(reports: Dataset, decisions: Dataset, share: float, seed: int) -> D
 
     Raises ValueError for a share below 0 or from 1 on, or more than there are decisions for.
     """
-    from datasets import concatenate_datasets
-
     if not 0 <= share < 1:
         raise ValueError(f"--replay {share}: a share of all rows, from 0 to below 1")
     count = round(len(reports) * share / (1 - share))
