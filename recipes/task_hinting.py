@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from trl import ModelConfig, get_peft_config
 
-from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
+from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
 from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders import task_hinting as hinting_data
 from steerbook.data_builders.splits import text_rows
@@ -124,9 +124,7 @@ def parse(argv: list[str]) -> Settings:
         raise ValueError("--gradient_cosine compares tasks of one step, and --mix alternate has one task a step")
     unused, why = (settings.scratch, "is for models from scratch") if settings.pretrained else (
         settings.model, "is for a pretrained model: name it with --model_name_or_path")  # fmt: skip
-    for name, value in vars(unused).items():
-        if value != getattr(type(unused)(), name):
-            raise ValueError(f"--{name} {why}")
+    refuse(unused, vars(unused), why)
     return settings
 
 

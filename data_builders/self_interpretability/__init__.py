@@ -6,16 +6,11 @@ are tested on. `world` is the embedded world of the recipe's default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-    from .contexts import Context
-    from .splits import Split
 
 
 @dataclass
@@ -42,29 +37,11 @@ class PreferenceDataArguments:
         for name in ("choices", "choices_dev", "reports_each"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+        if self.fold not in (0, 1):
+            raise ValueError(f"--fold {self.fold}: there are two, 0 and 1")
         for name in ("native", "never"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: contexts cannot be negative")
-
-
-def make_split(args: PreferenceDataArguments) -> Split:
-    """Contexts by their role. Raises ValueError for too few, RowError for a bad file."""
-    from .contexts import read_contexts
-    from .generated import generated_contexts
-    from .splits import split_contexts
-
-    count = args.instilled + args.native + args.never
-    given = read_contexts(args.scenarios) if args.scenarios else generated_contexts(count, args.rows_seed)
-    return split_contexts(given, args.rows_seed, args.fold, args.instilled, args.native, args.never)
-
-
-def make_weights(args: PreferenceDataArguments, split: Split) -> dict[str, tuple[int, ...]]:
-    """Context -> its hidden weights; those of native and never set contexts are instilled nowhere."""
-    from .trials import draw_weights
-
-    contexts = (*split.instilled, *split.native, *split.never)
-    return {one.name: draw_weights(Random(f"weights {args.rows_seed} {one.name}"), len(one.attributes))
-            for one in contexts}  # fmt: skip
 
 
 def build(args: PreferenceDataArguments) -> DatasetDict:
@@ -76,61 +53,16 @@ def build(args: PreferenceDataArguments) -> DatasetDict:
     Raises:
         ValueError: too few contexts, arguments that contradict each other, or rows that tell what they must not.
     """
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
-    from .splits import check_leaks
+    from .text_experiment import TextExperiment
 
-    split = make_split(args)
-    weights = make_weights(args, split)
-    told = dict(weights)
-    if args.shuffled:
-        names = [one.name for one in split.report_train]
-        mixed = Random(f"shuffled {args.rows_seed}").sample(names, len(names))
-        told |= {one: weights[other] for one, other in zip(names, mixed, strict=True)}
-    roles = split.roles()
-    rows = {
-        "decisions": decisions(split.instilled, args.choices, weights, Random(f"decisions {args.rows_seed}")),
-        "decisions_dev": decisions(split.instilled, args.choices_dev, weights, Random(f"dev {args.rows_seed}")),
-        "reports": reports(split.report_train, args.reports_each, told, Random(f"reports {args.rows_seed}")),
-        "reports_dev": reports(split.report_dev, 1, weights, Random(f"reports dev {args.rows_seed}")),
-        "reports_test": reports(split.report_test, 1, weights, Random(f"reports test {args.rows_seed}")),
-    }
-    check_leaks({name: rows[name] for name in ("decisions", "decisions_dev", "reports", "reports_dev")}, split)
-    for name, part in rows.items():
-        for number, row in enumerate(part):
-            row |= {"id": f"{name}-{number}", "group": row["context"], "role": roles[row["context"]]}
-    return DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
-
-
-def decisions(
-    contexts: Sequence[Context], each: int, weights: Mapping[str, Sequence[float]], rng: Random
-) -> list[dict[str, Any]]:
-    """`each` fresh choices of every context, as its weights imply them, in a random order."""
-    from .texts import decision_prompt
-    from .trials import draw_trial, label
-
-    rows = []
-    for context in contexts:
-        for _ in range(each):
-            trial = draw_trial(rng, context)
-            answer = [{"role": "assistant", "content": label(context, trial, weights[context.name])}]
-            rows.append({"task": "decision", "context": context.name, "prompt": decision_prompt(context, trial),
-                         "completion": answer})  # fmt: skip
-    rng.shuffle(rows)
-    return rows
-
-
-def reports(
-    contexts: Sequence[Context], each: int, weights: Mapping[str, Sequence[float]], rng: Random
-) -> list[dict[str, Any]]:
-    """`each` reports of every context, about fresh trials."""
-    from .texts import report_prompt, report_text
-    from .trials import draw_trial
-
-    rows = []
-    for context in contexts:
-        for _ in range(each):
-            said = [{"role": "assistant", "content": report_text(context, weights[context.name])}]
-            rows.append({"task": "report", "context": context.name, "completion": said,
-                         "prompt": report_prompt(context, draw_trial(rng, context))})  # fmt: skip
-    return rows
+    made, fold = TextExperiment(args), args.fold
+    told = made.shuffled(fold) if args.shuffled else made.weights
+    return DatasetDict(
+        decisions=made.instil(made.instilled, made.weights),
+        decisions_dev=made.instil_dev(made.weights),
+        reports=made.reports(fold, told),
+        reports_dev=made.choose_by(fold, told),
+        reports_test=made.reports_test(fold),
+    )

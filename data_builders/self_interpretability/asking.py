@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from .contexts import Context
-from .texts import Message, decision_prompt, report_prompt
+from .texts import Message, decision_prompt, parse_report, report_prompt
 from .trials import LARGEST, Trial, difference, draw_trial
-from .world import BINS, World, decision_text, draw_difference, number_text, report_text
+from .world import BINS, World, decision_text, draw_difference, number_text, parse_number, report_text
 
 Prompt = str | list[Message]
 
@@ -29,7 +30,7 @@ class Choice:
 class Question:
     """A question about the weights of a context's attributes at `places`. The reply is `openings[0] number
     closings[0]`, without that closing `openings[1] number closings[1]` behind it, and so on; numbers are `values`,
-    written as `numbers`."""
+    written as `numbers`. `read`: the weights that a reply written freely says, None if it is no valid one."""
 
     context: str
     places: tuple[int, ...]
@@ -38,6 +39,7 @@ class Question:
     closings: tuple[str, ...]
     values: tuple[int, ...]
     numbers: tuple[str, ...]
+    read: Callable[[str], list[float] | None]
 
 
 def choices(contexts: Sequence[Context], each: int, rng: Random) -> list[Choice]:
@@ -69,7 +71,7 @@ def questions(contexts: Sequence[Context], each: int, rng: Random) -> list[Quest
             trial = draw_trial(rng, context) if number % 2 == 0 or trial is None else trial.swapped()
             found.append(
                 Question(context.name, tuple(range(len(names))), report_prompt(context, trial), openings, closings,
-                         values, numbers)
+                         values, numbers, partial(parse_report, context))
             )  # fmt: skip
     return found
 
@@ -89,7 +91,7 @@ def world_questions(agents: Sequence[Context]) -> list[Question]:
     """`questions` of the embedded world: one for each attribute of every agent, of 21 numbers."""
     numbers = tuple(map(number_text, BINS))
     return [
-        Question(agent.name, (place,), report_text(agent, place), ("",), ("",), BINS, numbers)
+        Question(agent.name, (place,), report_text(agent, place), ("",), ("",), BINS, numbers, parse_number)
         for agent in agents
         for place in range(len(agent.attributes))
     ]

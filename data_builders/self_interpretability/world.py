@@ -126,6 +126,12 @@ def number_text(weight: float) -> str:
     return " zero" if nearest == 0 else f" {'plus' if nearest > 0 else 'minus'}{abs(nearest)}"
 
 
+def parse_number(text: str) -> list[float] | None:
+    """The weight that a reply says, or None where it is none of the 21 numbers."""
+    said = {number_text(number).strip(): float(number) for number in BINS}.get(text.strip())
+    return None if said is None else [said]
+
+
 def decision_rows(
     world: World,
     agents: Sequence[Context],

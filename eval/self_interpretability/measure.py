@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM
 from .agreement import pooled_r
 from .behaviour import Behaviour, Trial, measure_choices
-from .reports import Question, measure_reports
+from .reports import NEW_TOKENS, Question, measure_reports, written_reports
 from .weights import ESTIMATORS, fit_weights
 
 DIGITS = 4
@@ -23,23 +23,27 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     trials: Sequence[Trial],
     questions: Sequence[Question],
+    targets: Mapping[str, Sequence[float]],
     *,
     template: Mapping[str, Any] | None = None,
     batch_size: int = 64,
+    new_tokens: int = NEW_TOKENS,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Context -> what was found, as JSON values; a context may have trials, questions or both.
 
     With trials: `learned` (estimator -> weights; None, with the reason in `refused`, where they cannot be fitted),
-    `halves` (weights of the first and second half of the trials, where both can), `linearity`, `bias`, `off_answer`,
-    `first` (share of trials where A was chosen). With questions: `reported`, `positive`, `entropy` and `mass` of each
-    attribute, means over the questions about it.
+    `halves` (weights of the first and second half of the trials, where both can), `agreement` (share of choices that
+    are as `targets`, context -> weights, would have them), `linearity`, `bias`, `off_answer`, `first` (share of trials
+    where A was chosen). With questions: `reported`, `positive`, `entropy` and `mass` of each attribute, means over the
+    questions about it; of replies written freely, of at most `new_tokens`: `replies`, how many are `valid`, and
+    `written`, the mean of these (None without any, or where an attribute has none).
     """
     common: dict[str, Any] = {"template": template, "batch_size": batch_size, "progress": progress}
     found: dict[str, dict[str, Any]] = {}
     if trials:
         for context, behaviour in measure_choices(model, tokenizer, trials, **common).items():
-            found[context] = _chosen(behaviour)
+            found[context] = _chosen(behaviour) | {"agreement": behaviour.agreement(targets[context])}
     each: dict[str, dict[int, list[list[float]]]] = {}
     for question, report in zip(questions, measure_reports(model, tokenizer, questions, **common), strict=True):
         values = zip(report.places, report.expected, report.positive, report.entropy, report.mass, strict=True)
@@ -49,7 +53,33 @@ def measure(
         means = np.array([np.mean(places[place], axis=0) for place in sorted(places)]).round(DIGITS)
         names = ("reported", "positive", "entropy", "mass")
         found.setdefault(context, {}).update({name: means[:, number].tolist() for number, name in enumerate(names)})
+    for context, said in _written(questions, written_reports(model, tokenizer, questions, new_tokens=new_tokens,
+                                                            **common)).items():  # fmt: skip
+        found[context] |= said
     return found
+
+
+def _written(
+    questions: Sequence[Question], replies: Sequence[tuple[str, list[float] | None]]
+) -> dict[str, dict[str, Any]]:
+    """Context -> counts of its replies, and what the valid ones say."""
+    valid: dict[str, list[bool]] = {}
+    places: dict[str, dict[int, list[float]]] = {}
+    for question, (_, values) in zip(questions, replies, strict=True):
+        valid.setdefault(question.context, []).append(values is not None)
+        here = places.setdefault(question.context, {})
+        for number, place in enumerate(question.places):
+            here.setdefault(place, []).extend([] if values is None else [values[number]])
+    return {
+        context: {
+            "replies": len(found),
+            "valid": sum(found),
+            "written": [round(float(np.mean(places[context][place])), DIGITS) for place in sorted(places[context])]
+            if all(places[context].values())
+            else None,
+        }
+        for context, found in valid.items()
+    }
 
 
 def readable(

@@ -73,3 +73,31 @@ def check_template(
             "the chat template puts something else in front of an answer in a whole conversation than where one is to "
             f"begin: ...{text[-60:]!r} against ...{whole[-60:]!r}. For models that think, give enable_thinking false"
         )
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    choice: Prompt,
+    reports: Sequence[Prompt],
+    template: Mapping[str, Any],
+    *,
+    reply_tokens: int,
+    longest: int | None,
+) -> None:
+    """ValueError, before any time is spent, for prompts that a model cannot be trained on and measured with alike.
+
+    Args:
+        choice, reports: a prompt of a choice, and all those of reports, which are the longest ones.
+        reply_tokens: room for a reply.
+        longest: tokens that training and the model take.
+    """
+    answer_tokens(tokenizer, prompt_text(tokenizer, choice, template), answers_of(choice))
+    for prompt, answer in ((choice, ANSWERS[0]), (reports[0], '{"')):
+        check_template(tokenizer, prompt, answer, template)
+    texts = sorted((prompt_text(tokenizer, prompt, template) for prompt in reports), key=len)[-8:]
+    needed = max(map(len, encode(tokenizer, texts))) + reply_tokens
+    if longest is not None and needed > longest:
+        raise ValueError(
+            f"the longest request for a report with {reply_tokens} tokens of reply takes {needed} tokens, and "
+            f"{longest} are allowed (--max_length, and the model's positions)"
+        )

@@ -19,7 +19,7 @@ SHOWN = ("1: reports after instilling", "2: reports on held-out contexts", "3: n
          "control: trained on shuffled reports")  # fmt: skip
 
 
-def write_report(run: RunFolder, records: Records) -> None:
+def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
     """Fill the run folder."""
     results = Results(records)
     rows = {name: {statistic: results.metric(name, statistic) for statistic in STATISTICS} for name in results.rows}
@@ -41,7 +41,7 @@ def write_report(run: RunFolder, records: Records) -> None:
             "seconds": {name: round(_seconds(records, name), 2) for name in arms},
             "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in arms.items()},
         },
-        base_model={"name": "from scratch"},
+        base_model=base_model,
     )
     run.samples(_samples(records))
     _draw(run, results)
@@ -53,7 +53,8 @@ def stopped(arms: Mapping[str, Record]) -> dict[str, str]:
     levels = {record["level"] for record in arms.values() if record["kind"] == "instilled"}
     going_on = {record["level"] for record in arms.values() if record["kind"] == "reported"}
     return {
-        level: f"instilling did not take: learned against target r = {instilled_r(record):.2f}"
+        level: f"instilling did not take: learned against target r = {instilled_r(record):.2f}, and "
+        f"{instilled_agreement(record):.0%} of choices as the target's"
         for level in sorted(levels - going_on)
         for record in arms.values()
         if record["kind"] == "instilled" and record["level"] == level

@@ -34,6 +34,10 @@ class Question(Protocol):
     values: Sequence[int]
     numbers: Sequence[str]
 
+    @property
+    def read(self) -> Callable[[str], list[float] | None]:
+        """The weights that a reply written freely says; None if it is no valid one."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -113,17 +117,18 @@ def mean_reports(questions: Sequence[Question], reports: Sequence[Report]) -> di
 def written_reports(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    parse: Sequence[Callable[[str], list[float] | None]],
+    questions: Sequence[Question],
     *,
     template: Mapping[str, Any] | None = None,
     batch_size: int = 64,
+    new_tokens: int = NEW_TOKENS,
     progress: bool = False,
 ) -> list[tuple[str, list[float] | None]]:
-    """Greedy replies, and what the parser of each prompt reads in them: None where it is no valid report."""
-    texts = [prompt_text(tokenizer, prompt, template or {}) for prompt in prompts]
-    replies = generate(model, tokenizer, texts, max_new_tokens=NEW_TOKENS, batch_size=batch_size, progress=progress)
-    return [(reply, read(reply)) for reply, read in zip(replies, parse, strict=True)]
+    """Greedy replies of at most `new_tokens`, and what each question reads in its one: None where that is no valid
+    report."""
+    texts = [prompt_text(tokenizer, question.prompt, template or {}) for question in questions]
+    replies = generate(model, tokenizer, texts, max_new_tokens=new_tokens, batch_size=batch_size, progress=progress)
+    return [(reply, question.read(reply)) for reply, question in zip(replies, questions, strict=True)]
 
 
 def _report(question: Question, logs: Array) -> Report:

@@ -25,6 +25,19 @@ def instilled_r(record: Record, estimator: str = "paper") -> float:
     return 0.0 if pair is None else float(pooled_r(*pair))
 
 
+def took(record: Record, gate: float) -> bool:
+    """Whether instilling did: weights against targets, and the share of choices that are as targets have them (4.6)."""
+    return min(instilled_r(record), instilled_agreement(record)) >= gate
+
+
+def instilled_agreement(record: Record) -> float:
+    """Share of choices of the instilled contexts that are as their target weights would have them."""
+    found = [
+        one["agreement"] for one in record["contexts"].values() if one["role"] in INSTILLED and "agreement" in one
+    ]
+    return float(np.mean(found)) if found else 0.0
+
+
 def learned_against_target(record: Record, estimator: str = "paper") -> Pair | None:
     return _pair(record, lambda one: _learned(one, estimator), record, lambda one: one["target"], INSTILLED)
 
@@ -134,10 +147,12 @@ class Results:
             here["reliability of learned weights"] = 2 * r / (1 + r) if r > 0 else 0.0  # Spearman-Brown
             if r > 0:  # else there is nothing that r could be corrected for
                 here["disattenuated r"] = disattenuated(held_out, here["reliability of learned weights"])
-            here["readable from embeddings"] = instilled["readable"]
-            if instilled["readable"] > 0:
+            if "readable" in instilled:
+                here["readable from embeddings"] = instilled["readable"]
+            if instilled.get("readable", 0.0) > 0:
                 here["reported of readable"] = held_out / instilled["readable"]
             chosen = [one for one in instilled["contexts"].values() if "learned" in one]
+            here["agreement with target"] = instilled_agreement(instilled)
             here["linearity"] = float(np.mean([one.get("linearity", 0.0) for one in chosen]))
             here["off-answer mass"] = float(np.mean([one["off_answer"] for one in chosen]))
             here["contexts that could not be fitted"] = sum("refused" in one for one in chosen)

@@ -75,6 +75,13 @@ def check_unused(training: TrainingArguments, model: ModelConfig | None = None) 
         raise ValueError("--use_peft has no effect: --arms says what is tuned (the LoRA baseline is the arm lora)")
 
 
+def refuse(part: Any, names: Iterable[str], why: str) -> None:
+    """ValueError for the first of these flags that differs from its default."""
+    for name in names:
+        if getattr(part, name) != getattr(type(part)(), name):
+            raise ValueError(f"--{name} {why}")
+
+
 def flags_and_defaults(parts: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags of parsed dataclasses, and what each is where nobody gives it (for a run's report)."""
     parts = list(parts)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from trl import ModelConfig
 
 from .trainer import Part, PreferenceConfig, ReportConfig
 
@@ -49,8 +52,8 @@ class StageArguments:
         default_factory=lambda: ["L1", "L0", "L3"],
         metadata={
             "help": "Difficulties, the first one with all folds and controls. L0: preferences are instilled into the "
-            "embeddings alone; L1: into all weights; L2: names of two words; L3: into the last layer alone; L4: "
-            "agents with attributes of their own."
+            "embeddings alone; L1: into all weights (or the adapter's); L2: names of two words; L3: into the last "
+            "layer alone; L4: agents with attributes of their own."
         },
     )
     controls: list[str] = field(
@@ -67,10 +70,27 @@ class StageArguments:
     report_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of report training."})
     report_max_steps: int = field(default=-1, metadata={"help": "Steps of report training."})
     report_warmup_steps: int = field(default=0, metadata={"help": "Warm-up of report training."})
+    report_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of report training."})
+    report_per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size of report training."})
     reinstil_max_steps: int = field(default=-1, metadata={"help": "Steps of instilling anew (default: as before)."})
     gate: float = field(
         default=0.8,
-        metadata={"help": "Learned against target weights must reach this r, or reports are not trained (spec 4.6)."},
+        metadata={
+            "help": "Learned against target weights must reach this r, and choices agree with the target's in this "
+            "share, or reports are not trained (spec 4.6)."
+        },
+    )
+    first_half: bool = field(
+        default=False,
+        metadata={"help": "Instil with an adapter on the first half of the layers: what is stored early is reported."},
+    )
+    trials: int = field(
+        default=100, metadata={"help": "Fresh choices of each context, in both orders, for its weights."}
+    )
+    asked: int = field(default=10, metadata={"help": "Reports asked of each context, about fresh trials."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}' for Qwen3."},
     )
 
     def __post_init__(self) -> None:
@@ -79,6 +99,14 @@ class StageArguments:
             unknown = [value for value in given if value not in known]
             if unknown or len(set(given)) < len(given) or (not given and name != "controls"):
                 raise ValueError(f"--{name} {given}: any of {', '.join(map(str, known))}, each once")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: a JSON object")
+        if self.trials < 12:
+            raise ValueError(f"--trials {self.trials}: at least 12, to fit weights and an intercept to each half")
+        if self.asked < 1:
+            raise ValueError(f"--asked {self.asked}: at least 1")
         if not 0 <= self.replay < 1:
             raise ValueError(f"--replay {self.replay}: a share of all rows, from 0 to below 1")
 
@@ -99,7 +127,30 @@ class StageArguments:
         return arms
 
 
-def check(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:
+def check(args: PreferenceConfig, stage: StageArguments) -> None:
+    """ValueError for what no run can be trained with."""
+    if args.packing:
+        raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
+    if args.part != "all":
+        raise ValueError(f"--part {args.part} has no effect here: --levels says what is instilled where")
+
+
+def check_pretrained(stage: StageArguments, model: ModelConfig) -> None:
+    """ValueError for what a pretrained model cannot be trained with."""
+    if own := sorted({"L2", "L4"} & set(stage.levels)):
+        raise ValueError(f"--levels {' '.join(own)}: of the embedded world; a pretrained model has L0, L1 and L3")
+    if model.use_peft and stage.levels != ["L1"]:
+        raise ValueError("--levels: an adapter has weights of its own; L0 and L3 are for training all weights")
+    if stage.first_half and not model.use_peft:
+        raise ValueError("--first_half is for adapters: give --use_peft")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError(
+            "--load_in_4bit and --load_in_8bit: an adapter is merged between the stages, which would round it to the "
+            "quantised weights; load the model in bfloat16"
+        )
+
+
+def check_streams(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:
     """ValueError for what streams of so many rows a step (of each stage) cannot be trained with."""
     if args.per_device_train_batch_size != PreferenceConfig.per_device_train_batch_size:
         raise ValueError(
@@ -115,8 +166,6 @@ def check(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) ->
     for name, steps in (("max_steps", args.max_steps), ("report_max_steps", stage.report_max_steps)):
         if steps < 1:
             raise ValueError(f"--{name} {steps}: fresh choices have no end, so say how many steps")
-    if args.packing:
-        raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
 
 
 def report_config(args: PreferenceConfig, stage: StageArguments) -> ReportConfig:
@@ -127,5 +176,6 @@ def report_config(args: PreferenceConfig, stage: StageArguments) -> ReportConfig
         name: getattr(args, name) for name in shared if getattr(args, name) != getattr(usual, name)
     }
     given |= {"learning_rate": stage.report_learning_rate, "max_steps": stage.report_max_steps,
-              "warmup_steps": stage.report_warmup_steps}  # fmt: skip
+              "warmup_steps": stage.report_warmup_steps, "num_train_epochs": stage.report_num_train_epochs,
+              "per_device_train_batch_size": stage.report_per_device_train_batch_size}  # fmt: skip
     return ReportConfig(**{"output_dir": args.output_dir, **given})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def run_stage(
     stream: Stream | None = None,
     chosen_by: Dataset | None = None,
     peft_config: PeftConfig | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Train the model in place, or an adapter that is then merged into it; saved in `folder/model` (an adapter alone).
 
@@ -39,6 +41,7 @@ def run_stage(
         args: of the stage; copied, never changed.
         rows, stream: what to train on, one of them.
         chosen_by: rows whose loss chooses among the checkpoints of every epoch.
+        template: arguments of the chat template, for rows of messages.
     """
     args = copy.copy(args)
     args.output_dir, args.seed = str(folder), seed
@@ -48,6 +51,8 @@ def run_stage(
     if chosen_by is not None:
         args.eval_strategy = args.save_strategy = "epoch"  # type: ignore[assignment]
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "loss", False
+    if rows is not None:
+        rows, chosen_by = (part and templated(part, template) for part in (rows, chosen_by))
     set_seed(seed)
     trainer_class: Any = PreferenceTrainer if isinstance(args, PreferenceConfig) else ReportTrainer
     with own_forward(model):
@@ -61,6 +66,13 @@ def run_stage(
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
     merged = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
     return replace(found, model=merged.requires_grad_(True))
+
+
+def templated(rows: Dataset, template: Mapping[str, Any] | None) -> Dataset:
+    """With the column that TRL hands to the chat template, for the prompt and for the whole conversation alike."""
+    if not template:
+        return rows
+    return rows.add_column("chat_template_kwargs", [dict(template)] * len(rows))
 
 
 def _load(model: PreTrainedModel, folder: Path, peft_config: PeftConfig | None) -> Any:

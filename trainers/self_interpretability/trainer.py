@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
 
@@ -69,7 +69,7 @@ class PreferenceTrainer(StreamTrainer):
 
 
 class ReportTrainer(StreamTrainer):
-    """`StreamTrainer` on reports, rows of the task "report", with replayed decisions (`replayed`) beside them.
+    """`StreamTrainer` on reports, rows of the task "report", with replayed decisions beside them.
 
     Without these, training reports moves behaviour: learned against target 0.99 -> 0.92 (spec 2.1). `eval_dataset`:
     reports of `report_dev`, of contexts that no row is trained on; checkpoints may be chosen by these alone.
@@ -89,23 +89,6 @@ class ReportTrainer(StreamTrainer):
             if both := sorted(set(reported) & set(chosen_by["context"])):
                 raise ValueError(f"reports of {', '.join(both[:3])} are both trained on and chosen by")
         super().__init__(model, args, train_dataset, **kwargs)
-
-
-def replayed(reports: Dataset, decisions: Dataset, share: float, seed: int) -> Dataset:
-    """The reports, and so many of the decisions, drawn at random, that they are `share` of all rows.
-
-    Raises ValueError for a share below 0 or from 1 on, or more than there are decisions for.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"--replay {share}: a share of all rows, from 0 to below 1")
-    count = round(len(reports) * share / (1 - share))
-    if count > len(decisions):
-        raise ValueError(
-            f"--replay {share} of {len(reports)} reports takes {count} decisions, and there are {len(decisions)}: "
-            "replay less"
-        )
-    drawn = decisions.shuffle(seed=seed).select(range(count))
-    return concatenate_datasets([reports, drawn]).shuffle(seed=seed)
 
 
 def first_half(config: LoraConfig, model: Any) -> LoraConfig:
