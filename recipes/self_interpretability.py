@@ -5,13 +5,12 @@
     accelerate launch recipes/self_interpretability.py --levels L1 L2   # harder: names of two words
     accelerate launch recipes/self_interpretability.py --config recipes/configs/self_interpretability/qwen25_7b.yaml
 
-A model learns preferences of many contexts from choices alone; the weights behind its choices are measured exactly,
-and it is asked to report them (experiment 1). It is trained to report those of one half of the contexts and asked about
-the other half (experiment 2), and about contexts it was never trained on (experiment 3). Beside it stand controls, and
-easier and harder ways of instilling. The model is a tiny one that is made here to choose and report for some agents, or
-with --model_name_or_path one that reads instructions (LoRA with --use_peft, or all weights), whose free replies are
-read as well. Prints one table with every seed, intervals, and the claims that hold or do not. Every flag of TRL's
-trainer works for the first stage, --config FILE.yaml holds the same flags, --dry_run shows rows and memory.
+A model learns preferences of many contexts from choices alone; the weights behind its choices are measured, and it
+is asked to report them (experiment 1). It is trained to report those of half of the contexts and asked about the rest
+(experiment 2), and about contexts it was never trained on (experiment 3). Beside it stand controls, and easier and
+harder ways of instilling. The model is a tiny one that is made here, or with --model_name_or_path one that reads
+instructions (LoRA with --use_peft, or all weights). Prints one table with every seed, intervals, and the claims that
+hold or do not. Every flag of TRL's trainer works for the first stage, --config FILE.yaml holds the same flags.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +29,7 @@ from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, fla
 from steerbook.console import clear_errors, quiet_libraries
 from steerbook.data_builders.self_interpretability import PreferenceDataArguments
 from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment
-from steerbook.data_builders.self_interpretability.world_experiment import (
-    INSTIL,
-    REPORT,
-    WorldArguments,
-    WorldExperiment,
-)
+from steerbook.data_builders.self_interpretability.world_experiment import ROWS, WorldArguments, WorldExperiment
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.eval.results import read_records
@@ -49,14 +43,7 @@ from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.seeds import run_seeds
-from steerbook.trainers.self_interpretability.arms import (
-    Arm,
-    StageArguments,
-    check,
-    check_pretrained,
-    check_streams,
-    report_config,
-)
+from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, check, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
 from steerbook.trainers.self_interpretability.stages import run_stage, templated
 from steerbook.trainers.self_interpretability.trainer import PreferenceConfig, PreferenceTrainer, first_half
@@ -110,20 +97,13 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[toy, recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
-    check(settings.training, settings.stage)
-    refuse(settings.data, ("fold",), "has no effect here: give --folds")
-    refuse(settings.data, ("shuffled",), "has no effect here: it is one of --controls")
-    refuse(settings.data, ("rows_seed",), "has no effect here: give --seeds")
+    check(settings.training, settings.stage, settings.model, ROWS)
+    instead = "has no effect here: give --folds, --controls shuffled and --seeds"
+    refuse(settings.data, ("fold", "shuffled", "rows_seed", "choices_dev"), instead)
     if toy:
-        check_streams(settings.training, settings.stage, (sum(INSTIL), REPORT))
-        why = "is for a pretrained model: name it with --model_name_or_path"
-        refuse(settings.data, ("scenarios", "choices", "choices_dev", "reports_each"), why)
-        refuse(settings.stage, ("report_num_train_epochs", "report_per_device_train_batch_size", "first_half", "asked",
-                                "chat_template_kwargs"), why)  # fmt: skip
-        refuse(settings.model, [one.name for one in fields(ModelConfig)], why)
+        refuse(settings.data, ("scenarios", "choices", "reports_each"), "is for a pretrained model")
     else:
-        check_pretrained(settings.stage, settings.model)
-        refuse(settings.world, ("known", "base_steps"), "is of the embedded world")
+        refuse(settings.world, vars(settings.world), "is of the embedded world")
     return settings
 
 

@@ -13,13 +13,12 @@ import pytest
 from steerbook.data_builders.self_interpretability import (
     PreferenceDataArguments,
     build,
-    make_split,
-    make_weights,
 )  # fmt: skip
 from steerbook.data_builders.self_interpretability.__main__ import main
 from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
 from steerbook.data_builders.self_interpretability.generated import generated_contexts
 from steerbook.data_builders.self_interpretability.splits import check_leaks, split_contexts
+from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment
 from steerbook.data_builders.self_interpretability.texts import (
     decision_prompt,
     parse_report,
@@ -173,8 +172,8 @@ def test_made_up_contexts_share_nothing():
 def test_rows_say_what_the_weights_imply(fold):
     """Every answer worked out again from the text of its prompt, and every report from the weights."""
     args = PreferenceDataArguments(**FEW, fold=fold, reports_each=2)
-    data, split = build(args), make_split(args)
-    weights = make_weights(args, split)
+    data, made = build(args), TextExperiment(args)
+    split, weights = made.folds[fold], made.weights
     assert {name: len(rows) for name, rows in data.items()} == {
         "decisions": 60, "decisions_dev": 20, "reports": 8, "reports_dev": 1, "reports_test": 5}  # fmt: skip
     contexts = {one.name: one for one in split.instilled}
@@ -225,6 +224,7 @@ def test_bad_arguments_and_files(tmp_path):
     for bad, message in (
         ({"choices": 0}, "--choices 0"),
         ({"native": -1}, "--native -1"),
+        ({"fold": 2}, "--fold 2"),
         ({"instilled": 3}, "at least 4"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from steerbook.data_builders.self_interpretability.asking import choices, questions
 from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
-from steerbook.data_builders.self_interpretability.texts import parse_report, report_text
+from steerbook.data_builders.self_interpretability.texts import report_text
 from steerbook.eval.next_token import next_token_logprobs
 from steerbook.eval.self_interpretability.behaviour import Behaviour, measure_choices
 from steerbook.eval.self_interpretability.measure import measure, readable
@@ -194,8 +194,8 @@ def test_written_reports_are_parsed_and_never_dropped(tiny, monkeypatch):
     model, tokenizer = tiny
     replies = ["```json\n" + report_text(TEA, [40, -100]) + "\n```", "I would rather not say", '{"caffeine": 1}']
     monkeypatch.setattr("steerbook.eval.self_interpretability.reports.generate", lambda *_, **__: replies)
-    read = [lambda text: parse_report(TEA, text)] * 3
-    found = written_reports(model, tokenizer, ["a", "b", "c"], read)
+    asked = questions([TEA], 3, Random(0))
+    found = written_reports(model, tokenizer, asked)
     assert found == [(replies[0], [40.0, -100.0]), (replies[1], None), (replies[2], None)]
 
 
@@ -204,11 +204,23 @@ def test_measure_is_json_and_refuses_one_sided_contexts(tiny):
     asked = choices([TEA], 10, Random(3))
     same = [SimpleNamespace(context="same", difference=one.difference, prompt=asked[0].prompt,
                             swapped=asked[0].swapped) for one in asked]  # fmt: skip
-    found = measure(model, tokenizer, [*asked, *same], questions([TEA], 1, Random(3)), batch_size=16)
+    targets = {"tea": [100, -50], "same": [100, -50]}
+    found = measure(model, tokenizer, [*asked, *same], questions([TEA], 1, Random(3)), targets, batch_size=16)
     assert json.loads(json.dumps(found)) == found and set(found) == {"tea", "same"}
+    one = measure_choices(model, tokenizer, asked)["tea"]
+    assert found["tea"]["agreement"] == one.agreement([100, -50])
+    assert (found["tea"]["replies"], found["tea"]["valid"], found["tea"]["written"]) == (1, 0, None)
     assert len(found["tea"]["reported"]) == 2 and 0 <= min(found["tea"]["positive"]) <= 1
     assert found["same"]["learned"]["paper"] is None and "all 10 choices are equal" in found["same"]["refused"]
     assert "reported" not in found["same"] and found["same"]["first"] in (0.0, 1.0)
+
+
+def test_valid_replies_are_counted_and_averaged(tiny, monkeypatch):
+    model, tokenizer = tiny
+    replies = [report_text(TEA, [40, -100]), "none", report_text(TEA, [60, 0])]
+    monkeypatch.setattr("steerbook.eval.self_interpretability.reports.generate", lambda *_, **__: replies)
+    found = measure(model, tokenizer, [], questions([TEA], 3, Random(0)), {}, batch_size=16)["tea"]
+    assert (found["replies"], found["valid"], found["written"]) == (3, 2, [50.0, -50.0])
 
 
 def test_what_can_be_read_off_embeddings(tiny):

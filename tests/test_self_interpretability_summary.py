@@ -27,7 +27,7 @@ def record(seed, kind, order, learned_noise, report_noise, level="L1", roles=ROL
         if role != "never":
             one |= {"learned": dict.fromkeys(("paper", "fractional", "least_squares"), learned.tolist()),
                     "halves": [learned.tolist(), (learned + 5).tolist()], "linearity": 0.9, "off_answer": 0.01,
-                    "bias": 0.0, "first": 0.5}  # fmt: skip
+                    "bias": 0.0, "first": 0.5, "agreement": 0.85}  # fmt: skip
         contexts[name] = one
     log = [{"step": 1, "loss/decision": 0.7}, {"step": 2, "loss/decision": 0.5}]
     return {"kind": kind, "level": level, "fold": fold, "order": order, "trained": 10, "seconds": 1.5, "log": log,
@@ -116,7 +116,7 @@ def test_a_failed_run_still_gets_its_report(tmp_path):
     assert details["reliability of learned weights"] == 0.0 and details["linearity"] == 0.0
     assert "disattenuated r" not in details and "reported of readable" not in details
     with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:
-        write_report(run, {0: made})
+        write_report(run, {0: made}, {"name": "x"})
     assert run.finished
 
 
@@ -127,7 +127,7 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
             for name, one in found.items():
                 (run.path / f"seed_{seed}" / name).mkdir(parents=True)
                 (run.path / f"seed_{seed}" / name / "measured.json").write_text(json.dumps(one))
-        write_report(run, made)
+        write_report(run, made, {"name": "x"})
     show(run)
     output = capsys.readouterr().out
     for text in ("2: reports on", "control: trained on", "Seed 2: by chance",

@@ -9,12 +9,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from steerbook.data_builders.self_interpretability.text_experiment import replayed
 from steerbook.data_builders.self_interpretability.world import Part, WorldStream, make_world, vocabulary_text
 from steerbook.trainers import PreferenceConfig, PreferenceTrainer, ReportConfig, ReportTrainer
 from steerbook.trainers.self_interpretability.arms import StageArguments, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
 from steerbook.trainers.self_interpretability.stages import run_stage
-from steerbook.trainers.self_interpretability.trainer import first_half, replayed
+from steerbook.trainers.self_interpretability.trainer import first_half
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 WORLD = make_world(1, known=4, native=2, instilled=6, never=1)

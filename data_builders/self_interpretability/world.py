@@ -177,9 +177,9 @@ class Part(NamedTuple):
 
     Attributes:
         weights: others than the world's.
-        few, until: in the first `until` steps only the first `few` of the agents (0: all). Weighing is learned from
-            few agents much sooner than from many: of 96 and 24, in 1,150 steps, choices then agree with their weights
-            at r 0.97, else at 0.85.
+        few, until: at first only `few` of the agents (0: all), growing geometrically to all at step `until`. Weighing
+            is learned from few agents much sooner than from many: of four seeds' bases the choices' loss after 1,000
+            steps is 0.14 nats on average with 2 agents growing for 500 steps, 0.23 with 8 for 166 and then all.
     """
 
     name: Literal["decision", "report"]
@@ -244,8 +244,10 @@ class WorldStream:
         rng = np.random.default_rng([self.seed, number])
         made = []
         for place, part in enumerate(self.tasks):
-            few = min(part.few or len(part.agents), len(part.agents))
-            agents = rng.integers(0, few if number < part.until else len(part.agents), part.rows)
+            everyone = len(part.agents)
+            few = min(part.few or everyone, everyone)
+            grown = min(1.0, number / part.until) if part.until else 1.0
+            agents = rng.integers(0, round(few * (everyone / few) ** grown), part.rows)
             made.append((self._decisions if part.name == "decision" else self._reports)(rng, place, agents))
         width = max(rows.shape[1] for rows in made)
         ids = np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1]))) for rows in made])

@@ -14,6 +14,7 @@ from .splits import split_contexts
 from .world import Part, WorldStream, make_world, vocabulary_text
 
 BASE, INSTIL, REPORT = (192, 64), (230, 26), 256  # rows of a step: decisions and reports; or both together
+ROWS = (sum(INSTIL), REPORT)
 
 
 @dataclass
@@ -62,10 +63,10 @@ class WorldExperiment(Experiment):
         self.tokenizer = make_tokenizer(vocabulary_text(self.world))
 
     def base(self) -> WorldStream:
-        """Decisions of known and native agents, at first of few of them, and reports of known ones."""
+        """Decisions of known and native agents, of few of them at first, and reports of known ones."""
         decisions, reports = BASE
         return self._stream(
-            Part("decision", decisions, self.world.known + self.world.native, few=8, until=self.sizes.base_steps // 6),
+            Part("decision", decisions, self.world.known + self.world.native, few=2, until=self.sizes.base_steps // 2),
             Part("report", reports, self.world.known),
         )
 

@@ -13,7 +13,7 @@ from ..report import RunFolder, results_table, wide_console
 from ..results import bounds, show_verdicts
 from .agreement import STATISTICS
 from .figures import scatter
-from .summary import Record, Records, Results, claims, instilled_r
+from .summary import Record, Records, Results, claims, instilled_agreement, instilled_r
 
 SHOWN = ("1: reports after instilling", "2: reports on held-out contexts", "3: native, after report training",
          "control: trained on shuffled reports")  # fmt: skip

@@ -26,7 +26,8 @@ def instilled_r(record: Record, estimator: str = "paper") -> float:
 
 
 def took(record: Record, gate: float) -> bool:
-    """Whether instilling did: weights against targets, and the share of choices that are as targets have them (4.6)."""
+    """Whether instilling did: r of learned and target weights, and the share of choices that are as targets have
+    them (spec 4.6)."""
     return min(instilled_r(record), instilled_agreement(record)) >= gate
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from ...arguments import refuse
 from .trainer import Part, PreferenceConfig, ReportConfig
 
 LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
@@ -127,15 +128,27 @@ class StageArguments:
         return arms
 
 
-def check(args: PreferenceConfig, stage: StageArguments) -> None:
-    """ValueError for what no run can be trained with."""
+PRETRAINED_ONLY = (
+    "report_num_train_epochs", "report_per_device_train_batch_size", "first_half", "asked", "chat_template_kwargs"
+)  # fmt: skip
+
+
+def check(args: PreferenceConfig, stage: StageArguments, model: ModelConfig, rows: Sequence[int]) -> None:
+    """ValueError for what a run cannot be trained with; `rows` of a step of each stage in the embedded world."""
     if args.packing:
         raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
     if args.part != "all":
         raise ValueError(f"--part {args.part} has no effect here: --levels says what is instilled where")
+    if model.model_name_or_path is not None:
+        _check_pretrained(stage, model)
+        return
+    why = "is for a pretrained model: name it with --model_name_or_path"
+    refuse(stage, PRETRAINED_ONLY, why)
+    refuse(model, vars(model), why)
+    _check_streams(args, stage, rows)
 
 
-def check_pretrained(stage: StageArguments, model: ModelConfig) -> None:
+def _check_pretrained(stage: StageArguments, model: ModelConfig) -> None:
     """ValueError for what a pretrained model cannot be trained with."""
     if own := sorted({"L2", "L4"} & set(stage.levels)):
         raise ValueError(f"--levels {' '.join(own)}: of the embedded world; a pretrained model has L0, L1 and L3")
@@ -150,7 +163,7 @@ def check_pretrained(stage: StageArguments, model: ModelConfig) -> None:
         )
 
 
-def check_streams(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:
+def _check_streams(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:
     """ValueError for what streams of so many rows a step (of each stage) cannot be trained with."""
     if args.per_device_train_batch_size != PreferenceConfig.per_device_train_batch_size:
         raise ValueError(
