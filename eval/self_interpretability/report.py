@@ -81,10 +81,11 @@ def show(run: RunFolder) -> None:
     console = wide_console()
     for seed, details in metrics["details"].items():
         chance = details["chance"]
+        probe = f"a probe reads {read:.2f}; " if (read := details.get("readable from embeddings")) is not None else ""
         console.print(
             f"Seed {seed}: by chance r = {_text(chance['other contexts'])} (other contexts), "
-            f"{_text(chance['other attributes'])} (other attributes); gain {_text(details['gain'])}; a probe reads "
-            f"{details['readable from embeddings']:.2f}; off-answer mass {details['off-answer mass']:.2g}, mass on "
+            f"{_text(chance['other attributes'])} (other attributes); gain {_text(details['gain'])}; "
+            f"{probe}off-answer mass {details['off-answer mass']:.2g}, mass on "
             f"numbers {details['mass on numbers']:.3f}, linearity {details['linearity']:.2f}"
         )
     for seed, gates in metrics["stopped"].items():
