@@ -41,12 +41,22 @@ TEMPLATES = {
     "llama32_1b": CHAT.replace("{% for", "{{ date_string or 'today' }}{% for", 1),
 }
 SHORT = ["--preset", "smoke", "--use_cpu", "true", "--instilled", "4", "--native", "2", "--never", "1", "--asked", "1",
-         "--choices", "3"]  # fmt: skip
+         "--choices", "3", "--eval_batch_size", "402"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recipe(load_recipe):
     return load_recipe("self_interpretability")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Contexts of two attributes: 201 numbers of each are scored."""
+    file = tmp_path_factory.mktemp("few") / "contexts.jsonl"
+    attributes = [{"name": name, "units": "", "range": [0, 9]} for name in ("w", "h")]
+    rows = [{"short_name": f"c{n}", "question": f"As {n}?", "attributes": attributes} for n in range(7)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--scenarios", str(file)]
 
 
 def tiny(name):
@@ -66,14 +76,15 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_configuration_runs_two_steps_on_a_tiny_model_of_its_family(recipe, base, tmp_path, name):
+def test_every_configuration_runs_two_steps_on_a_tiny_model(recipe, base, few, tmp_path, name):
     lines, content = CONFIGS[name].read_text().splitlines(), yaml.safe_load(CONFIGS[name].read_text())
     command = "accelerate launch recipes/self_interpretability.py --config recipes/configs/self_interpretability"
     assert lines[1] == f"#   {command}/{name}.yaml" and content["output_dir"] == f"runs/self_interpretability-{name}"
     settings = recipe.parse(["--config", str(CONFIGS[name]), "--use_cpu", "true", "--bf16", "false"])
     assert settings.model.model_name_or_path == content["model_name_or_path"] and settings.recipe.seeds == [0, 1, 2]
     assert settings.training.num_train_epochs == 3 and settings.training.lr_scheduler_type == "cosine"
-    recipe.main(["--config", str(CONFIGS[name]), *SHORT, "--model_name_or_path", str(base / name), "--seeds", "0",
+    recipe.main(["--config", str(CONFIGS[name]), *SHORT, *few, "--model_name_or_path", str(base / name),
+                 "--seeds", "0",
                  "--bf16", "false", "--dtype", "float32", "--reports_each", "1", "--trials", "12", "--folds", "0",
                  "--max_steps", "2", "--report_max_steps", "2", "--gate", "-1", "--output_dir",
                  str(tmp_path / "run")])  # fmt: skip
@@ -88,8 +99,8 @@ def test_every_configuration_runs_two_steps_on_a_tiny_model_of_its_family(recipe
     assert {"instilled", "reported_0"} <= saved
 
 
-def test_all_weights_with_only_the_embeddings_and_the_last_layer(recipe, base, tmp_path):
-    recipe.main([*SHORT, "--model_name_or_path", str(base / "qwen25_7b"), "--levels", "L0", "L3", "--controls",
+def test_all_weights_with_only_the_embeddings_and_the_last_layer(recipe, base, few, tmp_path):
+    recipe.main([*SHORT, *few, "--model_name_or_path", str(base / "qwen25_7b"), "--levels", "L0", "L3", "--controls",
                  "reinstil", "--output_dir", str(tmp_path / "run")])  # fmt: skip
     first, folder = AutoModelForCausalLM.from_pretrained(base / "qwen25_7b"), tmp_path / "run" / "seed_0"
     changed = {}
@@ -100,8 +111,9 @@ def test_all_weights_with_only_the_embeddings_and_the_last_layer(recipe, base, t
     assert {name.split(".")[2] for name in changed["instilled_L3"] if ".layers." in name} == {"1"}
 
 
-def test_an_adapter_on_the_first_half_is_for_instilling_alone(recipe, base, tmp_path):
-    recipe.main([*SHORT, "--model_name_or_path", str(base / "qwen25_7b"), "--use_peft", "true", "--first_half", "true",
+def test_an_adapter_on_the_first_half_is_for_instilling_alone(recipe, base, few, tmp_path):
+    recipe.main([*SHORT, *few, "--model_name_or_path", str(base / "qwen25_7b"), "--use_peft", "true",
+                 "--first_half", "true",
                  "--lora_target_modules", "q_proj", "v_proj", "--output_dir", str(tmp_path / "run")])  # fmt: skip
     layers = {}
     for arm in ("instilled", "reported_0"):
