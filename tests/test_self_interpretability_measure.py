@@ -131,6 +131,9 @@ def test_templates(tiny):
     )
     with pytest.raises(ValueError, match="enable_thinking"):
         check_template(thinks, prompt, "A", {"enable_thinking": False})
+    thinks.chat_template = CHAT.removeprefix("{{ bos_token }}")  # TRL would train without what the tokenizer adds
+    with pytest.raises(ValueError, match=r"other tokens.*\(BOS\)"):
+        check_template(thinks, prompt, "A", {})
 
 
 def test_reports_against_one_string_at_a_time(tiny):

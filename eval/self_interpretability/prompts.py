@@ -13,11 +13,14 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 ANSWERS = ("A", "B")
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any]) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], *, generation_prompt: bool = True
+) -> str:
     """The text in front of an answer, for functions that tokenise plain texts.
 
-    A conversation gets the template's generation prompt; `template`: its own arguments (`enable_thinking`). Where the
-    template writes the beginning-of-text token that the tokenizer adds anyway, it is left out.
+    A conversation gets the template's generation prompt, unless it is a whole one; `template`: its own arguments
+    (`enable_thinking`). Where the template writes the beginning-of-text token that the tokenizer adds anyway, it is
+    left out.
 
     Raises:
         ValueError: a conversation for a tokenizer without a chat template.
@@ -26,7 +29,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Ma
         return prompt
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; take an instruct model, or prompts of plain text")
-    text = str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True, **template))
+    made = tokenizer.apply_chat_template(
+        list(prompt), tokenize=False, add_generation_prompt=generation_prompt, **template
+    )
+    text = str(made)
     begin = tokenizer.bos_token
     if begin and text.startswith(begin) and encode(tokenizer, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
         return text.removeprefix(begin)
@@ -57,21 +63,27 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequen
 def check_template(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, template: Mapping[str, Any]
 ) -> None:
-    """ValueError where training and measuring would see different tokens: TRL trains on what the template makes of the
-    whole conversation, which must begin with the prompt and the answer (a thinking block in between, say, would not).
+    """ValueError where training and measuring would see different tokens. TRL trains on what the template makes of the
+    whole conversation: it must begin with the prompt and the answer (a thinking block in between, say, would not), and
+    with the same first token (one that the tokenizer adds, but the template does not write, would be missing there).
     """
     if isinstance(prompt, str):
         return
     text = prompt_text(tokenizer, prompt, template)
-    whole = str(
-        tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False, **template)
-    )
-    if not whole.removeprefix(tokenizer.bos_token or "").startswith(
-        text.removeprefix(tokenizer.bos_token or "") + answer
-    ):
+    reply = {"role": "assistant", "content": answer}
+    whole = prompt_text(tokenizer, [*prompt, reply], template, generation_prompt=False)
+    if not whole.startswith(text + answer):
         raise ValueError(
             "the chat template puts something else in front of an answer in a whole conversation than where one is to "
             f"begin: ...{text[-60:]!r} against ...{whole[-60:]!r}. For models that think, give enable_thinking false"
+        )
+    trained = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, **template)
+    measured = encode(tokenizer, [text])[0]
+    if list(trained["input_ids"]) != measured:
+        raise ValueError(
+            f"the tokenizer reads a text as {measured[:3]}..., but the chat template makes {trained['input_ids'][:3]}"
+            "... of it: a model would be trained on other tokens than it is measured on. Where the tokenizer adds a "
+            "token in front (BOS), its template must write that token too"
         )
 
 

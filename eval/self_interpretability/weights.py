@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 Array = NDArray[np.float64]
 LARGEST = 100.0  # the largest magnitude of a vector of weights, by convention of the paper
 CLIP = 10.0  # margins beyond this (in nats) say "certain", and how certain is noise
+NEWTON: Any = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 1000}  # lbfgs gives up near certain choices
 ESTIMATORS = ("paper", "fractional", "least_squares")
 
 
@@ -38,12 +39,12 @@ def fit_weights(
     """
     x, y = _checked(differences, choices, estimator)
     if estimator == "paper":
-        slopes = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(x, y.astype(int)).coef_[0]
+        slopes = LogisticRegression(C=1.0, **NEWTON).fit(x, y.astype(int)).coef_[0]
     elif estimator == "fractional":
         twice, weights = np.concatenate([x, x]), np.concatenate([y, 1 - y])
         answers = np.repeat([1, 0], len(x))
         kept = weights > 0
-        model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
+        model = LogisticRegression(C=np.inf, **NEWTON)
         slopes = model.fit(twice[kept], answers[kept], sample_weight=weights[kept]).coef_[0]
     else:
         slopes = _line(x, y)[:-1]
