@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from steerbook.eval.report import RunFolder
-from steerbook.eval.self_interpretability.agreement import pooled_r
+from steerbook.eval.self_interpretability.agreement import partial_r, pooled_r
+from steerbook.eval.self_interpretability.comparisons import instilled_r
 from steerbook.eval.self_interpretability.report import show, stopped, write_report
-from steerbook.eval.self_interpretability.summary import Results, claims, instilled_r
+from steerbook.eval.self_interpretability.summary import Results, claims
 
 ROLES = ["report_train"] * 12 + ["report_dev"] * 4 + ["report_test"] * 16 + ["native"] * 8 + ["never"] * 4
 NAMES = [f"c{number}" for number in range(len(ROLES))]
@@ -23,7 +24,8 @@ def record(seed, kind, order, learned_noise, report_noise, level="L1", roles=ROL
         target = world.uniform(-100, 100, 5)
         learned = turned * target + learned_noise * rng.normal(size=5)
         one = {"role": role, "target": target.tolist(), "mass": [0.9] * 5,
-               "reported": (learned + report_noise * rng.normal(size=5)).tolist()}  # fmt: skip
+               "reported": (learned + report_noise * rng.normal(size=5)).tolist(),
+               "replies": 5, "valid": 4, "written": learned.tolist() if order != 1 else None}  # fmt: skip
         if role != "never":
             one |= {"learned": dict.fromkeys(("paper", "fractional", "least_squares"), learned.tolist()),
                     "halves": [learned.tolist(), (learned + 5).tolist()], "linearity": 0.9, "off_answer": 0.01,
@@ -50,10 +52,10 @@ def arms(seed):
 def test_rows_are_the_right_comparisons():
     made = {seed: arms(seed) for seed in range(3)}
     results = Results(made)
-    assert len(results.rows["2: reports on held-out contexts"][0][0]) == 16 + 16  # both folds' tested halves
-    assert len(results.rows["learned against target"][0][0]) == 32
+    assert len(results.rows["2: reports on held-out contexts"][0].found) == 16 + 16  # both folds' tested halves
+    assert len(results.rows["learned against target"][0].found) == 32
     for name in ("native, before report training", "3: native, after report training"):
-        assert len(results.rows[name][0][0]) == 8  # each context once, however many folds
+        assert len(results.rows[name][0].found) == 8  # each context once, however many folds
     first = made[0]
     held = [name for name, one in first["reported_0"]["contexts"].items() if one["role"] == "report_test"]
     held += [name for name, one in first["reported_1"]["contexts"].items() if one["role"] == "report_test"]
@@ -61,7 +63,7 @@ def test_rows_are_the_right_comparisons():
                 for place, name in enumerate(held)]  # fmt: skip
     learned = [first["instilled"]["contexts"][name]["learned"]["paper"] for name in held]
     wanted = np.corrcoef(np.ravel(reported), np.ravel(learned))[0, 1]
-    assert pooled_r(*results.rows["2: reports on held-out contexts"][0]) == pytest.approx(wanted)
+    assert pooled_r(*results.rows["2: reports on held-out contexts"][0][:2]) == pytest.approx(wanted)
     assert results.estimates("2: reports on held-out contexts")[0]["pooled_r"]["value"] == pytest.approx(wanted)
     r = {name: results.metric(name)["value"] for name in results.rows}
     assert r["learned against target"] > 0.95 > r["1: reports after instilling"] > 0.3
@@ -75,6 +77,17 @@ def test_rows_are_the_right_comparisons():
     )
     assert 0.3 < r["L3: learned against target"] < 0.8
     assert "control: another model's reports" not in r
+    # Replies written freely: here they say what was learned; and of the instilled model none can be read.
+    assert r["2: the same, written freely"] > 0.9 and "1: the same, written freely" not in r
+    assert results.validity()["2: reports on held-out contexts"] == {"replies": 3 * 32 * 5, "valid": 3 * 32 * 4}
+    details = results.more()["0"]
+    base = np.array([first["base"]["contexts"][name]["reported"] for name in held])
+    left = [np.polyval(np.polyfit(np.ravel(base), np.ravel(side), 1), np.ravel(base)) - np.ravel(side)
+            for side in (reported, learned)]  # fmt: skip
+    found = details["partial r given the base model's reports"]
+    assert found == pytest.approx(np.corrcoef(*left)[0, 1]) and found == pytest.approx(
+        partial_r(reported, learned, base)
+    )
 
 
 def test_claims_are_judged_by_whole_intervals():
@@ -102,6 +115,27 @@ def test_a_level_that_stopped_says_why():
     assert list(stopped(seeds[0])) == ["L1"] and "did not take" in stopped(seeds[0])["L1"]
     results = Results(seeds)
     assert "2: reports on held-out contexts" not in results.rows and results.more() == {}
+
+
+def test_a_seed_that_stopped_leaves_its_rows_and_no_claim_about_it(tmp_path, capsys):
+    made = {seed: arms(seed) for seed in range(3)}
+    made[1] = {"base": made[1]["base"], "instilled": record(1, "instilled", 1, 300, 100)}
+    results = Results(made)
+    held_out = "2: reports on held-out contexts"
+    assert set(results.rows[held_out]) == {0, 2} and set(results.rows["learned against target"]) == {0, 1, 2}
+    judged = {entry["claim"]: entry for entry in claims(results)}
+    assert judged["experiment 2: reports on held-out contexts r 0.45"] == {
+        "claim": "experiment 2: reports on held-out contexts r 0.45", "supported": False,
+        "detail": "not measured with seed 1"}  # fmt: skip
+    assert all(not entry["supported"] for name, entry in judged.items() if "experiment 1" not in name)
+    with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:
+        for seed in made:
+            (run.path / f"seed_{seed}").mkdir(parents=True)
+        write_report(run, made, {"name": "x"})
+    show(run)
+    output = capsys.readouterr().out
+    assert "– " in output and "Seed 1, L1: instilling did not take" in output
+    assert "only 80% of replies written freely are valid" in output
 
 
 def test_a_failed_run_still_gets_its_report(tmp_path):
@@ -140,6 +174,7 @@ def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {
         "reports.png",
         "agreement.png",
+        "validity.png",
         "loss.png",
     }
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()

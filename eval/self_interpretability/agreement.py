@@ -121,6 +121,15 @@ def permuted(reported: Weights, learned: Weights, within: bool = False, seed: in
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(one)}
 
 
+def partial_r(reported: Weights, learned: Weights, given: Weights) -> float:
+    """Pooled r of what is left of reported and of learned weights when each has been regressed on weights `given`:
+    agreement that the latter do not explain."""
+    one, two = _checked(reported, learned)
+    three, _ = _checked(given, learned)
+    r, first, second = (float(pooled_r(*pair)) for pair in ((one, two), (one, three), (two, three)))
+    return float(_ratio(np.array(r - first * second), np.sqrt((1 - first**2) * (1 - second**2))))
+
+
 def disattenuated(r: float, *reliabilities: float) -> float:
     """What r would be without measurement error: r / sqrt of the product of reliabilities (each above 0, at most 1).
 

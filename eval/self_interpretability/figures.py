@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..figures import COLOURS, GRID, save, style
+from ..figures import COLOURS, GRID, INK, save, style
 
 
 def scatter(pairs: Mapping[str, Sequence[tuple[Any, Any]]], path: Path, *, title: str) -> None:
@@ -35,4 +35,30 @@ def scatter(pairs: Mapping[str, Sequence[tuple[Any, Any]]], path: Path, *, title
         axes.set(xlabel="learned weight", xlim=(-110, 110), ylim=(-110, 110))
     panels.flat[0].set_ylabel("reported weight")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(figure, path)
+
+
+def validity_table(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """A table as a figure: of each stage, how many replies were written freely and how many are valid reports."""
+    figure = Figure(figsize=(6.4, 0.8 + 0.27 * max(1, len(counts))), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title("Valid reports among replies written freely", loc="left", fontsize=11, color=INK)
+    cells = [
+        [name, f"{one['replies']:,}", f"{one['valid']:,}", f"{100 * one['valid'] / one['replies']:.1f} %"]
+        for name, one in counts.items()
+    ]
+    if cells:
+        titles = ["", "replies", "valid", "share"]
+        table = axes.table(
+            cells, colLabels=titles, colWidths=[0.62, 0.13, 0.13, 0.12], loc="center", edges="horizontal"
+        )
+        table.auto_set_font_size(False)
+        table.set_fontsize(9)
+        table.scale(1.0, 1.25)
+        for (_, column), cell in table.get_celld().items():
+            cell.set_edgecolor(GRID)
+            cell.PAD = 0.03
+            cell.get_text().set_color(INK)
+            cell.get_text().set_horizontalalignment("right" if column else "left")
     save(figure, path)

@@ -12,14 +12,15 @@ from ..figures import bars, loss_curves
 from ..report import RunFolder, results_table, wide_console
 from ..results import bounds, show_verdicts
 from .agreement import STATISTICS
-from .figures import scatter
-from .summary import Record, Records, Results, claims, instilled_agreement, instilled_r
+from .comparisons import AFTER, HELD_OUT, NATIVE, SHUFFLED, Record, instilled_agreement, instilled_r
+from .figures import scatter, validity_table
+from .summary import Results, claims
 
-SHOWN = ("1: reports after instilling", "2: reports on held-out contexts", "3: native, after report training",
-         "control: trained on shuffled reports")  # fmt: skip
+SHOWN = (AFTER, HELD_OUT, NATIVE, SHUFFLED)
+FEW = 0.9  # with a smaller share of valid replies, what they say is no summary of the model (spec 4.6)
 
 
-def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
+def write_report(run: RunFolder, records: Mapping[int, Mapping[str, Record]], base_model: Mapping[str, Any]) -> None:
     """Fill the run folder."""
     results = Results(records)
     rows = {name: {statistic: results.metric(name, statistic) for statistic in STATISTICS} for name in results.rows}
@@ -29,9 +30,10 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     run.update(
         metrics={
             "before": rows.get("base model's reports", {}),
-            "after": rows.get("2: reports on held-out contexts", {}),
+            "after": rows.get(HELD_OUT, {}),
             "agreement": rows,
             "each_seed": seeds,
+            "validity": results.validity(),
             "details": results.more(),
             "stopped": {str(seed): gates for seed in results.seeds if (gates := stopped(records[seed]))},
         },
@@ -66,16 +68,19 @@ def show(run: RunFolder) -> None:
     if not is_main_process():
         return
     metrics = run.results["metrics"]
-    seeds = sorted(int(folder.name[5:]) for folder in run.path.glob("seed_*"))
+    seeds = sorted((folder.name[5:] for folder in run.path.glob("seed_*")), key=int)
     lines = []
     for name, found in metrics["agreement"].items():
         line = {"weights": name, "contexts": f"{found['pooled_r']['n']}"}
         for statistic, metric in found.items():
             digits = 0 if statistic == "mae" else 2
             line[statistic] = f"{metric['value']:.{digits}f}" + bounds(metric, 1, digits)
-        line["each seed's r"] = " ".join(f"{one['pooled_r']:.2f}" for one in metrics["each_seed"][name].values())
+        each = metrics["each_seed"][name]
+        line["each seed's r"] = " ".join(f"{each[seed]['pooled_r']:.2f}" if seed in each else "–" for seed in seeds)
+        if count := metrics["validity"].get(name):
+            line["valid replies"] = f"{count['valid']:,}/{count['replies']:,}"
         lines.append(line)
-    columns = ["weights", *STATISTICS, *(["each seed's r"] if len(seeds) > 1 else []), "contexts"]
+    columns = ["weights", *STATISTICS, *(["each seed's r"] if len(seeds) > 1 else []), "contexts", "valid replies"]
     note = "over seeds" if len(seeds) > 1 else "over contexts (one seed)"
     results_table(lines, columns, f"How well weights agree, with 95 % intervals {note}")
     console = wide_console()
@@ -88,6 +93,11 @@ def show(run: RunFolder) -> None:
             f"{probe}off-answer mass {details['off-answer mass']:.2g}, mass on "
             f"numbers {details['mass on numbers']:.3f}, linearity {details['linearity']:.2f}"
         )
+    for name, count in metrics["validity"].items():
+        if count["valid"] < FEW * count["replies"]:
+            share = count["valid"] / count["replies"]
+            console.print(f"{name}: only {share:.0%} of replies written freely are valid; its r says what the model "
+                          "would report in a given form")  # fmt: skip
     for seed, gates in metrics["stopped"].items():
         for level, reason in gates.items():
             console.print(f"Seed {seed}, {level}: {reason}; no reports were trained")
@@ -95,7 +105,7 @@ def show(run: RunFolder) -> None:
     console.print(f"Results, figures, samples and models: {run.path}")
 
 
-def _seconds(records: Records, name: str) -> float:
+def _seconds(records: Mapping[int, Mapping[str, Record]], name: str) -> float:
     """Of an arm's training, the mean over the seeds that have it."""
     return float(np.mean([arms[name]["seconds"] for arms in records.values() if name in arms]))
 
@@ -104,7 +114,7 @@ def _text(found: Any) -> str:
     return f"{found['value']:.2f}" + bounds(found, 1, 2)
 
 
-def _samples(records: Records) -> list[dict[str, Any]]:
+def _samples(records: Mapping[int, Mapping[str, Record]]) -> list[dict[str, Any]]:
     """A line for every context of every arm and seed."""
     return [
         {"seed": seed, "arm": name, "context": context, **one}
@@ -115,10 +125,11 @@ def _samples(records: Records) -> list[dict[str, Any]]:
 
 
 def _draw(run: RunFolder, results: Results) -> None:
-    pairs = {name: list(results.rows[name].values()) for name in SHOWN if name in results.rows}
+    pairs = {name: [row[:2] for row in results.rows[name].values()] for name in SHOWN if name in results.rows}
     if pairs:
         scatter(pairs, run.figure("reports"), title="Reported against learned weights, a colour a seed")
     if results.rows:
+        validity_table(results.validity(), run.figure("validity"))
         r = {name: {"r": results.metric(name)} for name in results.rows}
         bars(r, run.figure("agreement"), title="Agreement of weights, 95 % intervals", label="Pearson's r", scale=1.0)
     seed = results.seeds[0]
