@@ -39,12 +39,12 @@ def reports_against(record: Record, learned: Record, roles: Sequence[str], said:
     """Reports of one model (`said`: "reported" or "written") against the weights behind the choices of another, or of
     the same one."""
     row = _row(record, lambda one: one.get(said), learned, lambda one: _learned(one, "paper"), roles)
-    return None if row is None else row._replace(**_counts(record, roles))
+    return _counted(row, record, roles)
 
 
 def reports_against_target(record: Record, roles: Sequence[str]) -> Row | None:
     row = _row(record, lambda one: one.get("reported"), record, lambda one: one["target"], roles)
-    return None if row is None else row._replace(**_counts(record, roles))
+    return _counted(row, record, roles)
 
 
 def instilled_r(record: Record) -> float:
@@ -143,9 +143,10 @@ def _row(
     return Row(np.array([one for one, _ in kept], dtype=float), np.array([other for _, other in kept], dtype=float))
 
 
-def _counts(record: Record, roles: Sequence[str]) -> dict[str, int]:
+def _counted(row: Row | None, record: Record, roles: Sequence[str]) -> Row | None:
     asked = [one for one in record["contexts"].values() if one["role"] in roles]
-    return {name: sum(one.get(name, 0) for one in asked) for name in ("replies", "valid")}
+    replies, valid = (sum(one.get(name, 0) for one in asked) for name in ("replies", "valid"))
+    return None if row is None else row._replace(replies=replies, valid=valid)
 
 
 def _as_fold(record: Record, fold: Record) -> Record:
