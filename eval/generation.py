@@ -1,4 +1,4 @@
-"""Greedy text generation in batches, for scorers."""
+"""Text generation in batches, for scorers: greedy, or sampled with a seed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,24 @@ def generate(
     *,
     max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """Greedy continuations, batched with padding on the left. White space at the start of a continuation is kept."""
+    """Continuations, batched with padding on the left. White space at the start of a continuation is kept.
+
+    `temperature`: 0 decodes greedily; above, tokens are sampled from the model's whole distribution, and the global
+    random state is afterwards what it was before.
+    """
     own = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     # transformers fills what a configuration leaves open from the model's own (sampling, beams, penalties): for the
     # time of the call the model's own is empty.
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    drawn: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, **drawn)
     ids = encode(tokenizer, prompts)
     if not all(ids):
         raise ValueError(f"prompt {ids.index([])} has no tokens; give a text or a tokenizer that prepends BOS")
@@ -43,8 +52,11 @@ def generate(
     with (
         evaluating(model),
         _plain_decoding(base),
+        torch.random.fork_rng(enabled=temperature > 0),
         tqdm(total=len(prompts), disable=not progress, desc="answers", unit="answer") as bar,
     ):
+        if temperature > 0:
+            torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             part = order[start : start + batch_size]
             width = len(ids[part[-1]])
