@@ -22,10 +22,9 @@ def accuracy_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], chance: f
         places = range(len(curve))
         for number, name in enumerate(curve[0]["accuracy"]):
             found = [one["accuracy"][name] for one in curve]
-            line = "-" if number == 0 else "--"
-            colour = COLOURS[number] if number < len(COLOURS) else INK
-            style_of = {"color": colour, "linestyle": line if number < len(COLOURS) else ":", "label": name}
-            axes.plot(places, [one["value"] for one in found], linewidth=2.0 if number == 0 else 1.2, **style_of)
+            colour, line = (COLOURS[number], "--") if number < len(COLOURS) else (INK, (":", "-.")[number % 2])
+            axes.plot(places, [one["value"] for one in found], color=colour, label=name,
+                      linestyle="-" if number == 0 else line, linewidth=2.0 if number == 0 else 1.2)  # fmt: skip
             if number == 0 and all(one["low"] is not None for one in found):
                 axes.fill_between(places, [one["low"] for one in found], [one["high"] for one in found],
                                   color=colour, alpha=0.15, linewidth=0)  # fmt: skip
@@ -56,5 +55,5 @@ def effect_sizes(effects: Mapping[str, Mapping[int, Metric]], path: Path, *, tit
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.set(xlabel="layer", ylabel="effect size d")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper")
     save(figure, path)
