@@ -185,13 +185,13 @@ class _Scorer:
         cache = None
         if primer:
             _, cache = self.extend(None, [contexts[0][:primer]])
-            if not _expandable(cache):
+            if not expandable(cache):
                 yield from self.whole(questions)
                 return
         for group in self.groups(questions):
-            start = None if cache is None else _select(cache, torch.zeros(len(group), dtype=torch.long))
+            start = None if cache is None else select_rows(cache, torch.zeros(len(group), dtype=torch.long))
             logits, grown = self.extend(start, [question.context[primer:] for question in group])
-            if not _expandable(grown):
+            if not expandable(grown):
                 yield from self.whole(group)
                 continue
             yield from self.answers(group, logits, grown)
@@ -227,7 +227,7 @@ class _Scorer:
         for start in range(0, len(longer), self.max_rows):
             part = longer[start : start + self.max_rows]
             tails = [group[place].tails[choice] for place, choice in part]
-            past = _select(cache, torch.tensor([place for place, _ in part]))
+            past = select_rows(cache, torch.tensor([place for place, _ in part]))
             ids = right_padded([tail[:-1] for tail in tails], self.device)
             output = self.model(input_ids=ids, past_key_values=past, use_cache=True)
             skips = [group[place].skips[choice] - 1 for place, choice in part]
@@ -268,7 +268,7 @@ class _Scorer:
         return logprobs.sum(1).tolist()
 
 
-def _expandable(cache: Any) -> TypeGuard[DynamicCache]:
+def expandable(cache: Any) -> TypeGuard[DynamicCache]:
     """Whether the rows of a cache are nothing but keys and values, so that copying rows is exact.
 
     True for full and for sliding-window attention. Other layer classes, subclasses too, may carry further states.
@@ -278,7 +278,7 @@ def _expandable(cache: Any) -> TypeGuard[DynamicCache]:
     )
 
 
-def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     """A cache with the given rows. The tensors are new and the old cache stays as it is: its layers grow by
     concatenation, never in place, so copies of the layer objects are enough."""
     selected = copy.copy(cache)

@@ -155,7 +155,7 @@ def test_plain_scoring_gives_the_same_numbers(monkeypatch):
         model, tokenizer = build(kind), make_tokenizer()
         cached = choice_logprobs(model, tokenizer, PROMPTS, CHOICES)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_expandable", lambda cache: False)
+            patch.setattr(module, "expandable", lambda cache: False)
             plain = choice_logprobs(model, tokenizer, PROMPTS, CHOICES, max_rows=5)
         for a, b in zip(cached, plain, strict=True):
             assert a == pytest.approx(b, abs=1e-5)

@@ -64,6 +64,23 @@ def test_next_tokens_against_one_prompt_at_a_time(tiny):
         next_token_logprobs(model, [[1], []], [5])
 
 
+def test_next_tokens_behind_what_prompts_have_in_common(tiny, monkeypatch):
+    """A common start is read once, and a model whose cache cannot be copied reads whole prompts: the same numbers."""
+    model, _ = tiny
+    rng = Random(1)
+    start = [1, *(rng.randrange(4, 200) for _ in range(20))]
+    prompts = [[*start, *(rng.randrange(4, 200) for _ in range(rng.randrange(8)))] for _ in range(9)] + [start]
+    alone = np.concatenate([next_token_logprobs(model, [prompt], [5, 90]) for prompt in prompts])
+    rows = []
+    watch = model.register_forward_pre_hook(lambda *given: rows.append(given[2]["input_ids"].shape), with_kwargs=True)
+    shared = next_token_logprobs(model, prompts, [5, 90], batch_size=4)
+    assert rows[0] == (1, 20) and sum(shape[0] for shape in rows[1:]) == 10  # one token of the shortest is its own
+    assert shared == pytest.approx(alone, abs=1e-5)
+    monkeypatch.setattr("steerbook.eval.next_token.expandable", lambda cache: False)
+    assert next_token_logprobs(model, prompts, [5, 90], batch_size=4) == pytest.approx(alone, abs=1e-5)
+    watch.remove()
+
+
 def test_choices_by_hand(tiny):
     """Margins of both orders from the logits behind the rendered prompt."""
     model, tokenizer = tiny

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, encode
@@ -69,29 +70,29 @@ def measure_choices(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Behaviour]:
-    """Context -> its behaviour; two forward passes a trial, nothing is sampled.
+    """Context -> its behaviour; two prompts a trial, and what those of a context begin with once. Nothing is sampled.
 
     Raises:
         ValueError: no trials, or answers that are not single tokens.
     """
     if not trials:
         raise ValueError("no trials to measure; give at least one")
-    texts = [prompt_text(tokenizer, prompt, template or {})
-             for trial in trials for prompt in (trial.prompt, trial.swapped)]  # fmt: skip
-    tokens = answer_tokens(tokenizer, texts[0], answers_of(trials[0].prompt))
-    scored = next_token_logprobs(model, encode(tokenizer, texts), tokens, batch_size=batch_size, progress=progress)
-    logs = scored.reshape(len(trials), 2, 2)  # trials, orders, answers
-    margins = logs[..., 0] - logs[..., 1]
-    off = 1 - np.exp(logs).sum(-1).mean(1)
-    places: dict[str, list[int]] = {}
-    for place, trial in enumerate(trials):
-        places.setdefault(trial.context, []).append(place)
-    return {
-        context: Behaviour(
-            np.array([trials[place].difference for place in found], dtype=np.float64),
-            (margins[found, 0] - margins[found, 1]) / 2,
-            float(margins[found].mean()),
-            float(off[found].mean()),
+    of: dict[str, list[Trial]] = {}
+    for trial in trials:
+        of.setdefault(trial.context, []).append(trial)
+    first = prompt_text(tokenizer, trials[0].prompt, template or {})
+    answers = answer_tokens(tokenizer, first, answers_of(trials[0].prompt))
+    found = {}
+    for context, own in tqdm(of.items(), disable=not progress, desc="choices", unit="context"):
+        texts = [prompt_text(tokenizer, prompt, template or {})
+                 for trial in own for prompt in (trial.prompt, trial.swapped)]  # fmt: skip
+        logs = next_token_logprobs(model, encode(tokenizer, texts), answers, batch_size=batch_size)
+        logs = logs.reshape(len(own), 2, 2)  # trials, orders, answers
+        margins = logs[..., 0] - logs[..., 1]
+        found[context] = Behaviour(
+            np.array([trial.difference for trial in own], dtype=np.float64),
+            (margins[:, 0] - margins[:, 1]) / 2,
+            float(margins.mean()),
+            float((1 - np.exp(logs).sum(-1)).mean()),
         )
-        for context, found in places.items()
-    }
+    return found
