@@ -4,9 +4,9 @@
 
 One process, one thread, contenders in turn, CPU time. A random Llama of 4 M parameters and a byte-pair tokenizer that
 takes digits one by one. Reports: all 201 numbers of five attributes, ours on a shared key-value cache, and each number
-as a whole text of its own, one at a time and in batches of 32 (timed on one attribute). Choices: 24 trials of one context
-in both orders, ours behind what the prompts have in common, and `generate` of a letter and the end, in batches and
-prompt by prompt, or of 16 tokens, as many as it writes by default. The results are compared before anything is timed.
+as a whole text of its own, one at a time and in batches of 32 (timed on one attribute). Choices: 24 trials of one
+context in both orders, ours behind what the prompts have in common, and `generate` of a letter and the end, in batches
+and prompt by prompt, or of 16 tokens, as many as it writes by default. Results are compared before anything is timed.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
     (True, "default"): COMMON | {"seeds": [0, 1, 2], "instilled": 80, "native": 20, "never": 16, "max_steps": 290,
         "warmup_steps": 40, "report_max_steps": 110, "reinstil_max_steps": 200},
     (True, "smoke"): COMMON | {
-        "seeds": [0], "known": 24, "native": 4, "instilled": 24, "never": 4, "trials": 50, "base_steps": 450,
+        "seeds": [0], "known": 24, "native": 4, "instilled": 24, "never": 4, "trials": 50, "base_steps": 400,
         "max_steps": 110, "warmup_steps": 20, "report_max_steps": 60, "report_warmup_steps": 10, "levels": ["L1"],
         "folds": [0], "controls": ["shuffled"], "gate": 0.0, "logging_steps": 10},
     (False, "default"): {"seeds": [0, 1, 2], "levels": ["L1"], "save_strategy": "epoch", "save_total_limit": 2},
