@@ -1,0 +1,1 @@
+"""What agents do with tasks at the desk: outcomes, refusals, and reports on two models."""
