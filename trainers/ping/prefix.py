@@ -127,8 +127,8 @@ class PrefixGuard:
         self.model, self.tokenizer, self.prefix = model, tokenizer, prefix
         if prefix.fingerprint is not None and prefix.fingerprint != (found := model_fingerprint(model)):
             raise ValueError(
-                f"the prefix was searched for the model {prefix.fingerprint}, and this one is {found}: search anew, or "
-                "clear its fingerprint to use it all the same"
+                f"the prefix was searched for the model {prefix.fingerprint}, and this one is {found}: search anew, "
+                "or clear its fingerprint to use it all the same"
             )
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokens = len(tokenizer(prefix.text, add_special_tokens=False)["input_ids"])
