@@ -34,8 +34,9 @@ from steerbook.eval.choices import common_prefix, encode
 from steerbook.eval.generation import generate
 from steerbook.eval.likelihood import score_tokens
 from steerbook.eval.next_token import next_token_logprobs
+from steerbook.eval.prompts import prompt_text
+from steerbook.eval.self_interpretability.answers import answer_tokens
 from steerbook.eval.self_interpretability.behaviour import measure_choices
-from steerbook.eval.self_interpretability.prompts import answer_tokens, prompt_text
 from steerbook.eval.self_interpretability.reports import measure_reports
 from steerbook.files import write_json
 

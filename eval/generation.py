@@ -32,8 +32,7 @@ def generate(
     `temperature`: 0 decodes greedily; above, tokens are sampled from the model's whole distribution, and the global
     random state is afterwards what it was before.
     """
-    own = model.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    end = stop_tokens(model, tokenizer) or None
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     # transformers fills what a configuration leaves open from the model's own (sampling, beams, penalties): for the
     # time of the call the model's own is empty.
@@ -69,6 +68,13 @@ def generate(
                 texts[index] = continuation(tokenizer, ids[index], tokens)
             bar.update(len(part))
     return texts
+
+
+def stop_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a text: the model's, or where it names none the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    end = own if own is not None else tokenizer.eos_token_id
+    return [end] if isinstance(end, int) else list(end or [])
 
 
 @contextmanager

@@ -33,9 +33,9 @@ from steerbook.data_builders.self_interpretability.world_experiment import ROWS,
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.eval.results import read_records
+from steerbook.eval.self_interpretability.answers import check_prompts
 from steerbook.eval.self_interpretability.comparisons import took
 from steerbook.eval.self_interpretability.measure import measure, readable
-from steerbook.eval.self_interpretability.prompts import check_prompts
 from steerbook.eval.self_interpretability.report import show, write_report
 from steerbook.eval.self_interpretability.reports import NEW_TOKENS
 from steerbook.files import write_json

@@ -15,9 +15,10 @@ from steerbook.data_builders.self_interpretability.asking import choices, questi
 from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
 from steerbook.data_builders.self_interpretability.texts import report_text
 from steerbook.eval.next_token import next_token_logprobs
+from steerbook.eval.prompts import prompt_text
+from steerbook.eval.self_interpretability.answers import answer_tokens, check_template
 from steerbook.eval.self_interpretability.behaviour import Behaviour, measure_choices
 from steerbook.eval.self_interpretability.measure import measure, readable
-from steerbook.eval.self_interpretability.prompts import answer_tokens, check_template, prompt_text
 from steerbook.eval.self_interpretability.reports import (
     Report,
     mean_reports,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from steerbook.data_builders.self_interpretability import PreferenceDataArguments
 from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment
-from steerbook.eval.self_interpretability.prompts import prompt_text
+from steerbook.eval.prompts import prompt_text
 from steerbook.trainers.self_interpretability.stages import templated
 from steerbook.trainers.self_interpretability.trainer import PreferenceConfig, PreferenceTrainer
 from steerbook.trainers.tiny_lm import build_tokenizer

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM
 from ..generation import generate
-from ..self_interpretability.prompts import prompt_text
+from ..prompts import prompt_text
 from ..statistics import Metric
 from .axes import Axis, span_vector
 from .dialogue import SYSTEM, Turn, as_messages, dialogue

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..self_interpretability.prompts import answer_tokens, prompt_text
+from ..prompts import prompt_text
+from ..self_interpretability.answers import answer_tokens
 
 SYSTEM = (
     "You are in a neurofeedback session. Whenever you say a sentence, your inner activity is measured along one fixed "

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, encode
 from ..next_token import next_token_logprobs
-from .prompts import Prompt, answer_tokens, answers_of, prompt_text
+from ..prompts import Prompt, prompt_text
+from .answers import answer_tokens, answers_of
 from .weights import fit_weights, linearity
 
 Array = NDArray[np.float64]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM, choice_logprobs
 from ..generation import generate
-from .prompts import Prompt, prompt_text
+from ..prompts import Prompt, prompt_text
 
 Array = NDArray[np.float64]
 NEW_TOKENS = 200

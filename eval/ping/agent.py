@@ -1,0 +1,100 @@
+"""A local model as an agent: greedy replies behind prefixes, in batches that share the work on what stands before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from ...data_builders.ping.calls import Form
+from ...data_builders.ping.desk import TOOLS
+from ..choices import CausalLM
+from ..generation import generate
+from ..prompts import prompt_text
+from .episodes import Message, Reply
+from .shared import continuations
+
+NEW_TOKENS = 150  # of a turn, as the paper scores prefixes
+
+
+class Opening(Protocol):
+    """A prefix; `trainers.ping.Prefix` is one."""
+
+    @property
+    def store(self) -> bool: ...
+
+    def opening(self, messages: Sequence[Message]) -> str: ...
+
+    def applied(self, messages: Sequence[Message]) -> list[dict[str, Any]]: ...
+
+
+class ModelAgent:
+    """An agent at the desk.
+
+    Args:
+        form: how the model writes calls (`data_builders.ping.calls`).
+        opening: its prefix, if any.
+        tools: schemas for the chat template; None: the template of this model takes none (they are in its words).
+        template: the chat template's own arguments.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        form: Form,
+        *,
+        opening: Opening | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = TOOLS,
+        template: Mapping[str, Any] | None = None,
+        max_new_tokens: int = NEW_TOKENS,
+        batch_size: int = 64,
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template, so that it is not known where a reply begins")
+        self.model, self.tokenizer, self.form, self.opening = model, tokenizer, form, opening
+        self.tools, self.template = tools, dict(template or {})
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+
+    def prompt(self, messages: Sequence[Message], opening: Opening | None) -> tuple[str, str]:
+        """The text up to the header of the reply, and what is put into the reply's mouth."""
+        shown = opening.applied(messages) if opening else [dict(message) for message in messages]
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        text = prompt_text(self.tokenizer, shown, {**tools, **self.template})
+        return text, opening.opening(messages) if opening else ""
+
+    def replies(self, conversations: Sequence[Sequence[Message]]) -> list[Reply]:
+        made = [self.prompt(messages, self.opening) for messages in conversations]
+        texts = generate(
+            self.model, self.tokenizer, [head + mouth for head, mouth in made],
+            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+        )  # fmt: skip
+        stored = self.opening is not None and self.opening.store
+        return [Reply(text, (mouth if stored else "") + text) for text, (_, mouth) in zip(texts, made, strict=True)]
+
+    def first_replies(
+        self, conversations: Sequence[Sequence[Message]], openings: Sequence[Opening]
+    ) -> list[list[Reply]]:
+        """`[openings][conversations]`: the first reply under each of many prefixes. The work on conversations is done
+        once for all of those that begin a reply; others change the conversation itself."""
+        made: list[list[Reply]] = []
+        begins = [one for one in openings if one.applied(conversations[0]) == list(map(dict, conversations[0]))]
+        heads = [self.prompt(messages, None)[0] for messages in conversations]
+        mouths = {id(one): one.opening(conversations[0]) for one in begins}
+        texts = continuations(
+            self.model, self.tokenizer, heads, list(mouths.values()), max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+        shared = dict(zip(mouths, texts, strict=True))
+        for one in openings:
+            if id(one) in shared:
+                mouth = mouths[id(one)] if one.store else ""
+                made.append([Reply(text, mouth + text) for text in shared[id(one)]])
+            else:
+                agent = ModelAgent(
+                    self.model, self.tokenizer, self.form, opening=one, tools=self.tools, template=self.template,
+                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+                )  # fmt: skip
+                made.append(agent.replies(conversations))
+        return made
