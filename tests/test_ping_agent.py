@@ -82,12 +82,14 @@ def test_steps_end_and_conversations_hold_what_was_said():
     assert all(reply.startswith("<tool_call>") for reply in episode.replies)  # the model's own words alone
 
 
-def test_the_judge_on_replies_labelled_by_hand():
-    rows = [json.loads(line) for line in (Path(__file__).parent / "ping_replies.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(("part", "refusals", "found", "right"), [("development", 110, 102, 99), ("test", 60, 51, 50)])
+def test_the_judge_on_replies_labelled_by_hand(part, refusals, found, right):
+    """The rules were written with the first part in sight; the second was written by somebody who had not seen them."""
+    lines = (Path(__file__).parent / "ping_replies" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     said = [refuses(row["text"]) for row in rows]
-    assert len(rows) == 100 and sum(row["refuses"] for row in rows) == 50
-    right = sum(a and row["refuses"] for a, row in zip(said, rows, strict=True))
-    assert right / sum(said) == 1.0 and right / 50 == 1.0  # the rules were written with these in sight
+    assert (len(rows), sum(row["refuses"] for row in rows)) == (2 * refusals, refusals)
+    assert sum(said) == found and sum(a and row["refuses"] for a, row in zip(said, rows, strict=True)) == right
 
 
 def test_a_prefix_alone_refuses_nothing():
