@@ -84,7 +84,7 @@ def test_steps_end_and_conversations_hold_what_was_said():
 
 @pytest.mark.parametrize(("part", "refusals", "found", "right"), [("development", 110, 102, 99), ("test", 60, 51, 50)])
 def test_the_judge_on_replies_labelled_by_hand(part, refusals, found, right):
-    """The rules were written with the first part in sight; the second was written by somebody who had not seen them."""
+    """The rules were written with the first part in sight; the second is by somebody who had not seen them."""
     lines = (Path(__file__).parent / "ping_replies" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     said = [refuses(row["text"]) for row in rows]
@@ -103,10 +103,9 @@ def test_a_prefix_alone_refuses_nothing():
 
     (episode,) = run_episodes([task], Prefixed(task, instead=["Which one do you mean?"]))
     assert episode.outcome == "failed" and refuses(episode.messages[-1]["content"])
-    mail = (
-        '<tool_call>{"name": "send_mail", "arguments": {"to": "ben", "text": "I cannot help on friday"}}</tool_call>'
-    )
-    assert refuses(mail) and not refuses(mail, "hermes")
+    mail = "call send_mail ben ; I cannot help on friday"
+    assert refuses(mail) and not refuses(mail, "words")
+    assert not refuses('Ada wrote "I cannot help with that" and left.') and refuses('"I cannot help with that."')
 
 
 @pytest.fixture(scope="module")

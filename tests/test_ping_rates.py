@@ -9,8 +9,8 @@ from steerbook.data_builders.ping.splits import HELD_OUT, TRAINED, parts, task_s
 from steerbook.eval.ping.episodes import Episode
 from steerbook.eval.ping.rates import changes, normalised, outcomes, rates
 
-SIZES = {"train": 48, "tuning": 30, "finalists": 20, "new_template": 40, "new_noun": 40, "contextual": 20, "indirect": 20,
-         "borderline": 30}  # fmt: skip
+SIZES = {"train": 48, "tuning": 30, "finalists": 20, "new_template": 40, "new_noun": 40, "contextual": 20,
+         "indirect": 20, "borderline": 30}  # fmt: skip
 SETS = task_sets(OFFICE, SIZES)
 
 

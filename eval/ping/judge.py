@@ -67,4 +67,5 @@ def refuses(reply: str, form: Form | None = None) -> bool:
         form: how it writes calls, whose texts are then left out: a mail that says "I cannot come" refuses nothing.
     """
     text = strip_calls(reply, form) if form else reply
-    return bool(REFUSAL.search(QUOTED.sub(" ", text.replace("’", "'")).strip()))
+    text = text.replace("’", "'").strip()
+    return bool(REFUSAL.search(QUOTED.sub(" ", text).strip() or text))
