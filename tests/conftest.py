@@ -29,23 +29,30 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class NetworkBlockedError(RuntimeError):
     """A test tried to reach the network."""
 
 
 @pytest.fixture(autouse=True, scope="session")
 def offline():
-    """Sockets between processes of this machine (AF_UNIX, multiprocessing's) work; all others are refused."""
+    """Sockets within this machine work (AF_UNIX, multiprocessing's; servers that a test starts on 127.0.0.1); all
+    others are refused, and so is every name."""
+    addresses = socket.getaddrinfo
 
     def guarded(method):
         def call(self, address, *args):
-            if self.family != getattr(socket, "AF_UNIX", None):
+            if self.family != getattr(socket, "AF_UNIX", None) and address[0] != LOOPBACK:
                 raise NetworkBlockedError(f"tests run offline, but something connects to {address!r}")
             return method(self, address, *args)
 
         return call
 
     def no_names(host, *args, **kwargs):
+        if host == LOOPBACK:
+            return addresses(host, *args, **kwargs)
         raise NetworkBlockedError(f"tests run offline, but something looks up {host!r}")
 
     with pytest.MonkeyPatch.context() as patch:

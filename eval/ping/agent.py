@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,12 @@ class ModelAgent:
         self.tools, self.template = tools, dict(template or {})
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
+    def behind(self, opening: Opening | None) -> ModelAgent:
+        """The same agent with another prefix."""
+        other = copy(self)
+        other.opening = opening
+        return other
+
     def prompt(self, messages: Sequence[Message], opening: Opening | None) -> tuple[str, str]:
         """The text up to the header of the reply, and what is put into the reply's mouth."""
         shown = opening.applied(messages) if opening else [dict(message) for message in messages]
@@ -92,9 +99,5 @@ class ModelAgent:
                 mouth = mouths[id(one)] if one.store else ""
                 made.append([Reply(text, mouth + text) for text in shared[id(one)]])
             else:
-                agent = ModelAgent(
-                    self.model, self.tokenizer, self.form, opening=one, tools=self.tools, template=self.template,
-                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
-                )  # fmt: skip
-                made.append(agent.replies(conversations))
+                made.append(self.behind(one).replies(conversations))
         return made
