@@ -30,6 +30,22 @@ class Opening(Protocol):
     def applied(self, messages: Sequence[Message]) -> list[dict[str, Any]]: ...
 
 
+def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
+    """How models of this tokenizer's family write calls, by what their chat template holds. ValueError where it shows
+    none of the known forms."""
+    text = str(tokenizer.chat_template or "")
+    marks: dict[Form, tuple[str, ...]] = {
+        "hermes": ("<tool_call>",),
+        "json": ("ipython", '"parameters"'),
+        "glm": ("<|observation|>",),
+        "words": ("'call '",),
+    }
+    for form, needed in marks.items():
+        if all(mark in text for mark in needed):
+            return form
+    raise ValueError(f"the chat template shows no known form of calls; give one of {', '.join(marks)}")
+
+
 class ModelAgent:
     """An agent at the desk.
 
