@@ -3,6 +3,8 @@
 from importlib import import_module
 
 _MODULES = {
+    "AgentSFTConfig": "ping.trainer",
+    "AgentSFTTrainer": "ping.trainer",
     "AtlasConfig": "atlas.trainer",
     "AtlasTrainer": "atlas.trainer",
     "Composer": "atlas",
@@ -15,6 +17,9 @@ _MODULES = {
     "LofitSFTConfig": "lofit",
     "LofitSFTTrainer": "lofit",
     "LowRankComposer": "atlas.low_rank",
+    "Prefix": "ping",
+    "PrefixGuard": "ping",
+    "PrefixSearch": "ping",
     "PreferenceConfig": "self_interpretability.trainer",
     "PreferenceTrainer": "self_interpretability.trainer",
     "ReportConfig": "self_interpretability.trainer",

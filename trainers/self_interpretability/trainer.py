@@ -23,7 +23,7 @@ class PreferenceConfig(MultiTaskArguments, SFTConfig):  # type: ignore[misc]
 
     learning_rate: float = field(default=5e-5, metadata={"help": "2e-4 failed at rank 64 (TRL: 2e-5)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "TRL: linear."})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "TRL: 0."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Below 1 a share of all steps (TRL: 0)."})
     weight_decay: float = field(default=0.01, metadata={"help": "TRL: 0."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "TRL: 8."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Over all decisions."})
