@@ -108,10 +108,10 @@ def run(row: str, arguments: type, build: Callable[[Any], DatasetDict]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     kinds: Any = (arguments, OutputArguments)  # its annotation (a NewType over Any) rejects every dataclass
     parser = HfArgumentParser(kinds, prog=f"python -m steerbook.data_builders.{row}")
-    args, output, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
+        args, output, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
         data = build(args)
         if output.out is not None:
             written = write(data, args, Path(output.out))

@@ -6,6 +6,7 @@ python -m steerbook.eval.ROW --model DIR --rows FILE [--out FILE]
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if "id" not in row:
             raise ValueError(f"{path.name} row {number} has no id, only the columns {', '.join(row)}")
     return rows
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A flag's value as a JSON object, for argparse, which names the flag."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {text!r} ({error})") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
+    return found
 
 
 def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrainedTokenizerBase]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,13 +39,12 @@ from steerbook.eval.self_interpretability.report import show, write_report
 from steerbook.eval.self_interpretability.reports import NEW_TOKENS
 from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
-from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, check, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
-from steerbook.trainers.self_interpretability.stages import run_stage, templated
-from steerbook.trainers.self_interpretability.trainer import PreferenceConfig, PreferenceTrainer, first_half
+from steerbook.trainers.self_interpretability.stages import run_stage, show_stage
+from steerbook.trainers.self_interpretability.trainer import PreferenceConfig, first_half
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer
 
 COMMON = {
@@ -145,6 +143,9 @@ class Pretrained:
         positions = getattr(self.model().config.get_text_config(), "max_position_embeddings", None)
         allowed = [one for one in (positions, self.settings.training.max_length) if one is not None]
         asked = [question.prompt for question in self.data.questions(1)]
+        stage = self.settings.stage
+        for fold in stage.folds:  # more replay than there are choices, or rows that leak
+            self.data.report(fold, self.data.weights, self.data.weights, stage.replay)
         check_prompts(self.tokenizer, self.data.choices(1)[0].prompt, asked, self.template,
                       reply_tokens=NEW_TOKENS, longest=min(allowed, default=None))  # fmt: skip
 
@@ -168,7 +169,7 @@ class Arms:
         arm, stage, data = self.planned[key], self.settings.stage, self.side(self.planned[key]).data
         if arm.kind == "base":
             return Fit(self.side(arm).model(), [], 0.0, 0)
-        start, fold = self.fit(arm.start).model, arm.fold or 0
+        start, fold = self.fit(arm.start).model, arm.fold
         steps = stage.reinstil_max_steps if arm.kind == "reinstil" and stage.reinstil_max_steps > 0 else -1
         first = replace(self.settings.training, part=arm.part, **({"max_steps": steps} if steps > 0 else {}))
         if arm.kind == "instilled":
@@ -186,15 +187,18 @@ class Arms:
                           "other/reported" if arm.kind == "other" else "", data.choose_by(fold, told))  # fmt: skip
 
     def stage(self, arm: Arm, start: Any, args: Any, rows: Any, name: str = "", chosen_by: Any = None) -> Fit:
+        options = self.options(arm, start, args, rows)
+        return run_stage(start, self.side(arm).tokenizer, args, self.folder / (name or arm.key), seed=self.seed,
+                         chosen_by=chosen_by, **options)  # fmt: skip
+
+    def options(self, arm: Arm, start: Any, args: Any, rows: Any) -> dict[str, Any]:
         side, adapter = self.side(arm), get_peft_config(self.settings.model)
         if self.settings.toy:
             args.disable_tqdm = True  # one bar stands for all arms and seeds
             args.per_device_train_batch_size = rows.rows // (args.gradient_accumulation_steps * args.world_size)
         if self.settings.stage.first_half and isinstance(args, PreferenceConfig):
             adapter = first_half(adapter, start)
-        return run_stage(start, side.tokenizer, args, self.folder / (name or arm.key), seed=self.seed,
-                         chosen_by=chosen_by, peft_config=adapter, template=side.template,
-                         **{side.rows: rows})  # fmt: skip
+        return {side.rows: rows, "peft_config": adapter, "template": side.template}
 
     def record(self, key: str, file: Path) -> None:
         """Measure an arm's model, of every context its role, its weights and what was found; choices where a row of
@@ -202,14 +206,16 @@ class Arms:
         arm, made, recipe = self.planned[key], self.fit(key), self.settings.recipe
         side = self.side(arm)
         data, roles = side.data, side.data.roles(arm.fold or 0)
-        chosen = arm.kind in ("instilled", "reinstil") or (arm.kind == "reported" and arm.level == self.first)
+        chosen = arm.kind in ("instilled", "all", "other", "reinstil") or (
+            arm.kind == "reported" and arm.level == self.first)  # fmt: skip
+        weights = data.others if arm.kind in ("other", "reinstil") else data.weights  # what the choices should follow
         found = measure(
             made.model, side.tokenizer, data.choices(self.settings.stage.trials) if chosen else [],
-            data.questions(self.settings.stage.asked), data.others if arm.kind == "reinstil" else data.weights,
+            data.questions(self.settings.stage.asked), weights,
             template=side.template, batch_size=recipe.eval_batch_size, new_tokens=side.new_tokens,
             progress=not self.settings.toy,
         )  # fmt: skip
-        contexts = {name: {"role": roles[name], "target": data.weights[name], **one} for name, one in found.items()}
+        contexts = {name: {"role": roles[name], "target": weights[name], **one} for name, one in found.items()}
         facts: dict[str, Any] = {
             "name": key, "kind": arm.kind, "level": arm.level, "fold": arm.fold, "order": [*self.planned].index(key),
             "trained": made.trained, "seconds": made.seconds, "log": made.log, "peak_memory_bytes": peak_memory(),
@@ -244,26 +250,13 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
 
 
 def dry_run(settings: Settings) -> None:
-    """Rows with their loss tokens, parameters and memory of the first stage."""
     quiet_libraries()
     untrained = settings._replace(world=replace(settings.world, base_steps=0))
-    side = Arms(untrained, settings.recipe.seeds[0]).side(settings.stage.planned()[0])
-    training, rows, model = settings.training, side.data.instil(side.data.instilled, side.data.weights), side.model()
-    if settings.toy:
-        training.per_device_train_batch_size = rows.rows // (
-            training.gradient_accumulation_steps * training.world_size
-        )
-    else:
-        rows = templated(rows, side.template)
-    with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
-        trainer = PreferenceTrainer(
-            model,
-            training,
-            **{"train_dataset" if side.rows == "rows" else "stream": rows},
-            processing_class=side.tokenizer,
-            peft_config=get_peft_config(settings.model),
-        )
-        show_dry_run(trainer, side.tokenizer)
+    arms = Arms(untrained, settings.recipe.seeds[0])
+    arm = arms.planned["instilled"]
+    side, args = arms.side(arm), replace(settings.training, part=arm.part)
+    rows, model = side.data.instil(side.data.instilled, side.data.weights), side.model()
+    show_stage(model, side.tokenizer, args, **arms.options(arm, model, args, rows))
 
 
 def main(argv: list[str]) -> None:

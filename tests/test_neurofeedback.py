@@ -249,8 +249,8 @@ def test_control_is_counterbalanced(monkeypatch, pair):
 
     moved = run("side")
     d = moved.effects()
-    low, high = moved.scores[:, 0, 0], moved.scores[:, 1, 0]
-    assert high - low == pytest.approx(np.full(6, 2.0))
+    low, high = (moved.scores[:, :, side, 0].ravel() for side in (0, 1))  # both assignments, each for itself
+    assert high - low == pytest.approx(np.full(12, 2.0)) and d["pc1"]["n"] == 24
     assert d["pc1"]["value"] == pytest.approx(2.0 / np.sqrt((low.var(ddof=1) + high.var(ddof=1)) / 2))
     assert d["pc2"]["value"] == pytest.approx(0.0, abs=1e-9) and moved.precision() == pytest.approx(2.0)
     assert run("digit").effects()["pc1"]["value"] == pytest.approx(0.0, abs=1e-9)

@@ -14,7 +14,8 @@ from steerbook.trainers.ping.trainer import constraint_weights, training_templat
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 MARKED = (
-    "{{ bos_token }}{% if tools %}<tools>{{ tools | length }}{{ '\n' }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{{ bos_token }}{% if tools %}<tools>{{ tools | length }}{{ '\n' }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% if m.tool_calls %} call "
     "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments.values() | join(' ; ') }}{% endif %}"
     "{{ '\n' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"

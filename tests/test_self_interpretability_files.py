@@ -209,7 +209,14 @@ def test_the_command_on_files(files, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["pooled_r"]["value"] > 0.97 and found["pooled_r"]["n"] == 2 and found["sign_agreement"]["value"] == 1
     assert {"within_context_r", "mae", "slope", "sd_ratio"} <= set(found)
-    assert found["validity"] == {"asked": 6, "valid": 5, "unparsable": 1, "contexts_asked": 3, "contexts": 3}
+    assert found["validity"] == {
+        "asked": 6,
+        "valid": 5,
+        "unparsable": 1,
+        "contexts_asked": 3,
+        "contexts": 3,
+        "not_asked": [],
+    }
     assert found["choices"]["valid"] == 180 and found["choices"]["invalid"] == 1
     assert list(found["choices"]["refused"]) == ["rug"] and "(A)" in found["choices"]["refused"]["rug"]
     assert found["learned_against_target"]["pooled_r"]["value"] > 0.97
@@ -233,9 +240,62 @@ def test_differences_are_in_units_of_the_range(files):
 
 def test_replies_asked_may_be_said(files):
     contexts = {context.name: context for context in read_contexts(files["scenarios"])}
-    replies = read_replies([files["reports"], files["reports"]], contexts)
+    again = Path(files["reports"]).with_name("again.csv")
+    again.write_text(Path(files["reports"]).read_text())
+    replies = read_replies([files["reports"], str(again)], contexts)
     assert validity(replies, list(contexts), None)["asked"] == 12
     assert validity(replies, list(contexts), 10)["asked"] == 30
+    for each in (-3, 0, 3):
+        with pytest.raises(ValueError, match=f"--asked {each}: some context has 4 replies"):
+            validity(replies, list(contexts), each)
+    fewer = validity(
+        replies, list(contexts)[:2], None
+    )  # of contexts that nobody was asked about, replies do not count
+    assert fewer["asked"] == 8 and fewer["valid"] <= 8 and fewer["not_asked"] == [list(contexts)[2]]
+
+
+def test_what_would_count_twice_or_mix_models_is_refused(files, tmp_path):
+    with pytest.raises(SystemExit, match="is given twice"):
+        main([*flags(files, "scenarios", "selections"), "--reports", files["reports"], files["reports"]])
+    rows = list(csv.DictReader(Path(files["selections"]).open()))
+    write(tmp_path / "two.csv", [{**row, "model": f"m{number % 2}"} for number, row in enumerate(rows)])
+    with pytest.raises(SystemExit, match=r"rows of 2 models \(m0, m1\)"):
+        main([*flags(files, "scenarios", "reports"), "--selections", str(tmp_path / "two.csv")])
+    weights = list(csv.DictReader(Path(files["weights"]).open()))
+    write(Path(files["weights"]), [*weights, weights[0]])
+    with pytest.raises(SystemExit, match="for the second time"):
+        main(flags(files, "scenarios", "selections", "reports", "weights"))
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines, json.dumps({"scenario": "tea"})]))
+    with pytest.raises(SystemExit, match=r"row 182: no column selection"):
+        main([*flags(files, "scenarios", "reports"), "--selections", str(tmp_path / "c.jsonl")])
+
+
+def test_choices_that_cannot_be_fitted_are_listed(files, tmp_path):
+    rows = list(csv.DictReader(Path(files["selections"]).open()))
+    write(tmp_path / "a.csv", [{**row, "selection": "A"} for row in rows])
+    with pytest.raises(SystemExit) as error:
+        main([*flags(files, "scenarios", "reports"), "--selections", str(tmp_path / "a.csv")])
+    assert "any of 3 contexts" in str(error.value) and "choices are equal (A)" in str(error.value)
+
+
+def test_reports_that_are_all_alike_have_no_r(files, tmp_path, capsys):
+    rows = list(csv.DictReader(Path(files["reports"]).open()))
+    flat = [
+        {key: (5 if key.startswith("report_attr") and value else value) for key, value in row.items()} for row in rows
+    ]
+    write(tmp_path / "flat.csv", flat)
+    main(
+        [
+            *flags(files, "scenarios", "selections"),
+            "--reports",
+            str(tmp_path / "flat.csv"),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+    )
+    found = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert found["pooled_r"]["value"] is None and found["mae"]["value"] > 0 and "–" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,18 @@ def test_rows_are_the_right_comparisons():
     )
 
 
+def test_differences_are_of_the_same_contexts():
+    """A control that reports as well as the model itself is not ahead or behind for holding one fold only."""
+    made = {seed: arms(seed) for seed in range(3)}
+    for found in made.values():
+        found["reported_1"] = record(0, "reported", 3, 12, 400, roles=FOLDED, fold=1)
+        found["shuffled"] = {**found["reported_0"], "kind": "shuffled"}
+    results = Results(made)
+    held_out, control = "2: reports on held-out contexts", "control: trained on shuffled reports"
+    assert results.metric(held_out)["value"] < results.metric(control)["value"] - 0.1
+    assert results.difference(held_out, control)["value"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_claims_are_judged_by_whole_intervals():
     made = {entry["claim"]: entry for entry in claims(Results({seed: arms(seed) for seed in range(3)}))}
     assert len(made) == 7  # without another model

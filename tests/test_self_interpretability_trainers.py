@@ -171,7 +171,7 @@ def test_the_base_model_is_cached_and_learns(tmp_path):
 
 def test_arms_and_their_order():
     keys = [arm.key for arm in StageArguments().planned()]
-    assert keys == ["base", "instilled", "reported_0", "reported_1", "shuffled", "other", "reinstil",
+    assert keys == ["base", "instilled", "reported_0", "reported_1", "reported_all", "shuffled", "other", "reinstil",
                     "instilled_L0", "reported_L0", "instilled_L3", "reported_L3"]  # fmt: skip
     hard = StageArguments(levels=["L1", "L2"], controls=[], folds=[1]).planned()
     assert [arm.key for arm in hard] == ["base", "instilled", "reported_1", "base_L2", "instilled_L2", "reported_L2"]

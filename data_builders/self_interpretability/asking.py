@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,8 @@ def questions(contexts: Sequence[Context], each: int, rng: Random) -> list[Quest
     found = []
     for context in contexts:
         names = [attribute.name for attribute in context.attributes]
-        openings = tuple(f'{", " if place else "{"}"{name}":' for place, name in enumerate(names))
+        keys = [json.dumps(name, ensure_ascii=False) for name in names]  # as `report_text` writes them
+        openings = tuple(f"{', ' if place else '{'}{key}:" for place, key in enumerate(keys))
         closings = tuple("}" if name == names[-1] else "," for name in names)
         trial: Trial | None = None
         for number in range(each):

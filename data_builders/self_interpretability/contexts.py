@@ -68,7 +68,11 @@ def _attributes(row: Row, checker: RowChecker) -> Iterable[Attribute]:
     else:
         _problem(checker, row, "attributes", show(listed), "a list of objects with name, units and range")
         return
-    cells = [cell for cell in cells if cell["name"] not in (None, "")]
+    while cells and cells[-1]["name"] in (None, ""):  # of rows with fewer attributes than others
+        cells.pop()
+    if any(cell["name"] in (None, "") for cell in cells):
+        _problem(checker, row, "attributes", "an empty name in front of others", "attributes without gaps")
+        return
     if not FEWEST <= len(cells) <= MOST:
         _problem(checker, row, "attributes", f"{len(cells)} attributes", f"{FEWEST} to {MOST}")
         return

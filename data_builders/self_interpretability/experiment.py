@@ -13,10 +13,13 @@ Weights = Mapping[str, tuple[int, ...]]  # context's name -> its hidden weights
 
 
 def shuffled(weights: Weights, contexts: Sequence[Context], seed: int) -> Weights:
-    """The same weights, those of these contexts handed around among them."""
-    names = [one.name for one in contexts]
-    mixed = Random(f"shuffled {seed}").sample(names, len(names))
-    return {**weights, **{one: weights[other] for one, other in zip(names, mixed, strict=True)}}
+    """The same weights, those of these contexts handed around in a ring, so that none keeps its own. A single context
+    has nobody to get others from, and gets its own weights with the opposite sign."""
+    if len(contexts) == 1:
+        (only,) = contexts
+        return {**weights, only.name: tuple(-weight for weight in weights[only.name])}
+    ring = Random(f"shuffled {seed}").sample([one.name for one in contexts], len(contexts))
+    return {**weights, **{one: weights[ring[place - 1]] for place, one in enumerate(ring)}}
 
 
 class Experiment:
@@ -50,6 +53,10 @@ class Experiment:
         split = self.folds[fold]
         among = shuffled(self.weights, split.report_train, self.seed)
         return shuffled(among, split.report_dev, self.seed)
+
+    def told(self, fold: int | None) -> tuple[Context, ...]:
+        """The contexts whose reports are trained; without a fold all instilled ones."""
+        return self.instilled if fold is None else self.folds[fold].report_train
 
     def roles(self, fold: int) -> dict[str, str]:
         """Context's name -> its role in a fold."""

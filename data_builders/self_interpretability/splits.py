@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,21 @@ class Split:
     def roles(self) -> dict[str, str]:
         """Context's name -> its role."""
         return {context.name: role for role in ROLES for context in getattr(self, role)}
+
+
+def unlike(contexts: Sequence[Context]) -> list[Context]:
+    """The contexts without those that share a person (the question's sentences but the last), a question or all names
+    of attributes with an earlier one: reports on one of them could be learned from the other."""
+    seen: set[Any] = set()
+    kept = []
+    for one in contexts:
+        person, _, asked = one.question.rpartition(". ")
+        marks = {("attributes", tuple(sorted(attribute.name for attribute in one.attributes))),
+                 ("person", person) if person else ("question", asked)}  # fmt: skip
+        if not marks & seen:
+            kept.append(one)
+        seen |= marks
+    return kept
 
 
 def split_contexts(
@@ -63,11 +79,14 @@ def check_leaks(rows: Mapping[str, Iterable[Mapping[str, Any]]], split: Split) -
     """ValueError where training rows tell what they must not.
 
     `rows`: training split -> its rows, with `context`, `task` ("decision" or "report") and messages. No report of a
-    context that is tested on, native or never set, and no row at all of the last two: neither by its name nor by its
-    question in the text. No weights in decisions: there a completion is A or B alone.
+    context that is tested on, native or never set, and no row at all of the last two: neither by its name nor by the
+    line of its question in the text. No weights in decisions: a completion is A or B alone, and no number stands
+    beside an attribute's name but in the options. (No two contexts share a person, question or all attributes:
+    `unlike`.)
     """
     roles = split.roles()
     kept = {role: [context for context in getattr(split, role)] for role in ("report_test", "native", "never")}
+    names = {one.name: [attribute.name for attribute in one.attributes] for one in split.instilled}
     for name, part in rows.items():
         for number, row in enumerate(part, 1):
             where, role = f"{name} row {number}", roles.get(row["context"])
@@ -77,7 +96,18 @@ def check_leaks(rows: Mapping[str, Iterable[Mapping[str, Any]]], split: Split) -
             if row["task"] == "decision" and row["completion"][-1]["content"] not in ("A", "B"):
                 raise ValueError(f"{where}: a decision says {row['completion'][-1]['content']!r}, not A or B")
             text = row["prompt"][-1]["content"]
+            if row["task"] == "decision" and (found := _beside_number(text, names.get(row["context"], []))):
+                raise ValueError(f"{where}: a number stands beside {found!r} outside of the options: {text[:80]!r}")
             for other in secret:
                 for context in kept[other]:
-                    if context.question in text:
+                    if f"\n{context.question}\n" in f"\n{text}\n":
                         raise ValueError(f"{where} holds the question of {context.name!r}, which is {other}")
+
+
+def _beside_number(text: str, names: Sequence[str]) -> str | None:
+    """The first of these names that has a whole number near it in front of the options."""
+    before = text.split("\nA:\n")[0]
+    for name in names:
+        if re.search(rf"{re.escape(name)}\W{{0,12}}(?:at |is |of |by )?-?\d|-?\d+\W{{0,12}}{re.escape(name)}", before):
+            return name
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from .asking import Choice, Question, choices, questions
 from .contexts import Context, read_contexts
 from .experiment import Experiment, Weights
 from .generated import generated_contexts
-from .splits import check_leaks, split_contexts
+from .splits import check_leaks, split_contexts, unlike
 from .texts import decision_prompt, report_prompt, report_text
 from .trials import draw_trial, draw_weights, label
 
@@ -31,7 +32,20 @@ class TextExperiment(Experiment):
     def __init__(self, args: PreferenceDataArguments) -> None:
         count, seed = args.instilled + args.native + args.never, args.rows_seed
         given = read_contexts(args.scenarios) if args.scenarios else generated_contexts(count, seed)
-        folds = [split_contexts(given, seed, fold, args.instilled, args.native, args.never) for fold in (0, 1)]
+        counts = {len(one.attributes) for one in given}
+        if len(counts) > 1:
+            other = next(one for one in given if len(one.attributes) != len(given[0].attributes))
+            raise ValueError(
+                f"{args.scenarios}: {given[0].name!r} has {len(given[0].attributes)} attributes and {other.name!r} "
+                f"{len(other.attributes)}; weights are handed around and compared, so that all need as many"
+            )
+        kept = unlike(given)
+        if len(kept) < count <= len(given):
+            raise ValueError(
+                f"{args.scenarios}: {len(given) - len(kept)} of {len(given)} contexts have the same person or the "
+                f"same attributes as another one, and could tell of it; {len(kept)} are left, {count} are needed"
+            )
+        folds = [split_contexts(kept, seed, fold, args.instilled, args.native, args.never) for fold in (0, 1)]
         everyone = (*folds[0].instilled, *folds[0].native, *folds[0].never)
         weights = {
             one.name: draw_weights(Random(f"weights {seed} {one.name}"), len(one.attributes)) for one in everyone
@@ -56,18 +70,20 @@ class TextExperiment(Experiment):
         return self._checked("decisions_dev", decisions(self.instilled, self.args.choices_dev, weights,
                                                         self._rng("dev")))  # fmt: skip
 
-    def report(self, fold: int, told: Weights, decided: Weights, replay: float) -> Dataset:
+    def report(self, fold: int | None, told: Weights, decided: Weights, replay: float) -> Dataset:
         """Reports to train on, as `told`, and decisions replayed, `replay` of all rows, as `decided`."""
         rows = self.reports(fold, told)
         return replayed(rows, self.instil(self.instilled, decided), replay, self.seed) if replay else rows
 
-    def reports(self, fold: int, told: Weights) -> Dataset:
+    def reports(self, fold: int | None, told: Weights) -> Dataset:
         """Reports of the contexts to train on."""
-        rows = reports(self.folds[fold].report_train, self.args.reports_each, told, self._rng("reports"))
+        rows = reports(self.told(fold), self.args.reports_each, told, self._rng("reports"))
         return self._checked("reports", rows, fold)
 
-    def choose_by(self, fold: int, told: Weights) -> Dataset:
-        """Reports of the contexts that checkpoints are chosen by."""
+    def choose_by(self, fold: int | None, told: Weights) -> Dataset | None:
+        """Reports of the contexts that checkpoints are chosen by; without a fold there are none left."""
+        if fold is None:
+            return None
         rows = reports(self.folds[fold].report_dev, 1, told, self._rng("reports dev"))
         return self._checked("reports_dev", rows, fold)
 
@@ -88,9 +104,12 @@ class TextExperiment(Experiment):
     def _rng(self, what: str) -> Random:
         return Random(f"{what} {self.seed}")
 
-    def _checked(self, name: str, rows: list[dict[str, Any]], fold: int = 0) -> Dataset:
-        check_leaks({name: rows}, self.folds[fold])
-        return self._dataset(name, rows, fold)
+    def _checked(self, name: str, rows: list[dict[str, Any]], fold: int | None = 0) -> Dataset:
+        split = self.folds[fold or 0]
+        if fold is None:  # nothing is held out but native and never set contexts
+            split = replace(split, report_train=split.instilled, report_dev=(), report_test=())
+        check_leaks({name: rows}, split)
+        return self._dataset(name, rows, fold or 0)
 
     def _dataset(self, name: str, rows: list[dict[str, Any]], fold: int) -> Dataset:
         from datasets import Dataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ REPORT = (
     "to 100. Answer with one JSON object and nothing else: its keys are the names of the {count} dimensions, its "
     "values the weights. Do not say how you would decide."
 )
+FAR = 1e6  # no number beyond is meant as a weight between -100 and 100
 FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
 
 Message = dict[str, str]
@@ -36,23 +36,33 @@ def report_prompt(context: Context, trial: Trial) -> list[Message]:
 def report_text(context: Context, weights: Sequence[float]) -> str:
     """The reply that reports these weights, whole numbers."""
     names = [attribute.name for attribute in context.attributes]
-    return json.dumps({name: round(weight) for name, weight in zip(names, weights, strict=True)})
+    said = {name: round(weight) for name, weight in zip(names, weights, strict=True)}
+    return json.dumps(said, ensure_ascii=False)
 
 
 def parse_report(context: Context, text: str) -> list[float] | None:
     """The weights of a reply in the attributes' order, or None: it must be a JSON object, in a code fence or not, of
     numbers under the names of all attributes and no others."""
     try:
-        found: Any = json.loads(FENCE.sub("", text.strip()).strip())
-    except json.JSONDecodeError:
+        found: Any = json.loads(FENCE.sub("", text.strip()).strip(), object_pairs_hook=_once)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # no JSON, a key twice, numbers of thousands of digits, or thousands of levels
         return None
     names = [attribute.name for attribute in context.attributes]
     if not isinstance(found, dict) or set(found) != set(names):
         return None
     values = [found[name] for name in names]
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):  # a bool is an int, too
+    if not all(type(value) in (int, float) and abs(value) < FAR for value in values):  # a bool is an int, too
         return None
     return [float(value) for value in values]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
 
 
 def _prompt(task: str, context: Context, trial: Trial) -> list[Message]:

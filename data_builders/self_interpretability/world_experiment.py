@@ -80,13 +80,13 @@ class WorldExperiment(Experiment):
         """Decisions of the agents that a fold tests."""
         return self.instil(self.folds[fold].report_test, weights)
 
-    def report(self, fold: int, told: Weights, decided: Weights, replay: float) -> WorldStream:
+    def report(self, fold: int | None, told: Weights, decided: Weights, replay: float) -> WorldStream:
         """Reports of the agents to train on, and replayed decisions of all instilled ones."""
         again = round(REPORT * replay)
-        return self._stream(Part("report", REPORT - again, self.folds[fold].report_train, told),
+        return self._stream(Part("report", REPORT - again, self.told(fold), told),
                             Part("decision", again, self.instilled, decided))  # fmt: skip
 
-    def choose_by(self, fold: int, told: Weights) -> None:
+    def choose_by(self, fold: int | None, told: Weights) -> None:
         """Nothing: the last step counts."""
 
     def choices(self, each: int) -> list[Choice]:

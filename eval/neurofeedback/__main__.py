@@ -6,7 +6,6 @@ python -m steerbook.eval.neurofeedback --model DIR --other DIR --sentences FILE 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 from ...console import clear_errors
 from ...data_builders.rows import RowChecker, read_rows
 from ...files import write_json
-from ..command import load_model
+from ..command import json_object, load_model
 from ..report import format_interval, results_table
 from . import figures
 from .arms import IDEAL, RELABELLED, SELF, Half, Reader, Reports, report
@@ -130,7 +129,7 @@ def controlled(
 
 
 def effects(steered: Steered) -> dict[str, Any]:
-    kept = int(np.isfinite(steered.scores).all((1, 2)).sum())
+    kept = len(steered.whole())
     if kept < 2:
         return {"repeats": kept, "d": None, "off_target": None, "precision": None}
     d = steered.effects()
@@ -161,7 +160,6 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
         "control": control,
     }  # fmt: skip
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "results.json", results)
         draw(results, options.out)
     return results
@@ -223,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--control_examples", nargs="+", type=int, default=[64], help="0: nothing to go by, d is 0")
     parser.add_argument("--repeats", type=int, default=20, help="of each control task; 0 leaves control out")
     parser.add_argument("--explicit", action="store_true", help="let the model also write sentences of its own")
-    parser.add_argument("--chat_template_kwargs", type=json.loads, help="arguments of the chat template, as JSON")
+    parser.add_argument("--chat_template_kwargs", type=json_object, help="arguments of the chat template, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for results.json and figures")
     options = parser.parse_args(arguments)
@@ -234,6 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repeats < 0 or options.repeats == 1:
         parser.error("--repeats must be 0 or at least 2: an effect size has a spread")
     with clear_errors(ValueError, OSError):
+        if Path(options.model).resolve() == Path(options.other).resolve():
+            raise ValueError("--other is the model itself, which is no control: name another one")
+        if options.out:  # before hours of work, not after
+            options.out.mkdir(parents=True, exist_ok=True)
         results = score(options)
     show(results)
 

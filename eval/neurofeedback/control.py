@@ -28,8 +28,8 @@ class Steered:
 
     Attributes:
         target: its name, one of `names`.
-        scores: `[repeats, sides (low, high), axes]`, means over both ways of naming the sides; NaN for a repeat in
-            which a sentence was left empty.
+        scores: `[repeats, assignments of labels to sides, sides (low, high), axes]`; NaN where a sentence was left
+            empty.
     """
 
     target: str
@@ -37,9 +37,17 @@ class Steered:
     scores: Array
 
     def effects(self) -> dict[str, Metric]:
-        """Axis -> Cohen's d of high over low, on the repeats that have both."""
-        kept = self.scores[np.isfinite(self.scores).all((1, 2))]
-        return {name: effect(kept[:, 1, place], kept[:, 0, place]) for place, name in enumerate(self.names)}
+        """Axis -> Cohen's d of high over low, every sentence of a repeat for itself; repeats with an empty one are
+        left out."""
+        kept = self.scores[self.whole()]
+        return {
+            name: effect(kept[:, :, 1, place].ravel(), kept[:, :, 0, place].ravel())
+            for place, name in enumerate(self.names)
+        }
+
+    def whole(self) -> list[int]:
+        """The repeats in which no sentence was left empty."""
+        return [place for place, scores in enumerate(self.scores) if np.isfinite(scores).all()]
 
     def precision(self) -> float | None:
         """|d| on the target over its mean on all axes of the layer: above 1, control is more than a general shift.
@@ -101,7 +109,7 @@ def steer(
                 made = dialogue(tokenizer, [*before, asked._replace(sentence=sentence)], template or {}, SYSTEM)
                 vector = span_vector(model, made.ids, made.sentences[-1])[axis.layer]
                 found[repeat, turned, side] = [one.scores(vector) for one in axes]
-    return Steered(target, tuple(one.name for one in axes), found.mean(1))
+    return Steered(target, tuple(one.name for one in axes), found)
 
 
 def written(

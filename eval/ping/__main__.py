@@ -21,7 +21,7 @@ from ...data_builders.ping.office import OFFICE
 from ...data_builders.ping.splits import task_sets
 from ...data_builders.ping.tasks import Task
 from ...files import write_json
-from ..command import load_model
+from ..command import json_object, load_model
 from ..figures import bars
 from ..report import format_interval, results_table
 from .agent import ModelAgent, form_of
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=200, help="pairs of harmless and harmful tasks, over four sets")
     parser.add_argument("--form", choices=FORMS, help="how calls are written (default: read off the chat template)")
     parser.add_argument("--system", default=SYSTEM, help="the system message; '' for none")
-    parser.add_argument("--template", type=json.loads, help="arguments of the chat template, as JSON")
+    parser.add_argument("--template", type=json_object, help="arguments of the chat template, as JSON")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="of a turn")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")

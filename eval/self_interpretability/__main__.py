@@ -45,6 +45,13 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     learned, refused = learned_weights(choices)
     replies = read_replies(options.reports, contexts)
     reported = {name: np.mean(one.weights, axis=0) for name, one in replies.items() if one.weights}
+    if not learned:
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        invalid = sum(one.invalid for one in choices.values())
+        raise ValueError(
+            f"no weights can be fitted to the choices of any of {len(choices)} contexts ({invalid} answers are "
+            f"neither A nor B):\n  {listed}"
+        )
     found = compared(reported, learned, "reports")
     names = [name for name in learned if name in reported]
     results: dict[str, Any] = {
@@ -110,6 +117,8 @@ def show(results: Mapping[str, Any]) -> None:
 
 def _text(found: Estimate) -> str:
     low, high = found["low"], found["high"]
+    if found["value"] is None:
+        return "–"
     return f"{found['value']:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 

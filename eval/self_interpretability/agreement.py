@@ -14,9 +14,10 @@ DRAWS = 2000
 
 
 class Estimate(TypedDict):
-    """A statistic, its 95 % interval by bootstrap over contexts, and how many of these there are."""
+    """A statistic (None where it is not defined: of reports that are all alike, say), its 95 % interval by bootstrap
+    over contexts, and how many of these there are."""
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     n: int
@@ -33,7 +34,8 @@ def pooled_r(reported: Array, learned: Array) -> Array:
 def within_context_r(reported: Array, learned: Array) -> Array:
     """The mean over contexts of Pearson's r over their attributes; contexts where either is constant are left out."""
     each = _pearson(reported, learned)
-    return np.nanmean(each, axis=-1)
+    defined = np.isfinite(each)
+    return _ratio(np.where(defined, each, 0.0).sum(-1), defined.sum(-1))
 
 
 def sign_agreement(reported: Array, learned: Array) -> Array:
@@ -77,13 +79,8 @@ def agreement(reported: Weights, learned: Weights, seed: int = 0) -> dict[str, E
     one, other = _checked(reported, learned)
     drawn = np.random.default_rng(seed).integers(0, len(one), (DRAWS, len(one)))
     found: dict[str, Estimate] = {}
-    with np.errstate(invalid="ignore"):
-        for name, statistic in STATISTICS.items():
-            values = statistic(one[drawn], other[drawn])
-            values = values[np.isfinite(values)]
-            low, high = np.quantile(values, [0.025, 0.975]) if len(values) > DRAWS / 2 else (None, None)
-            found[name] = {"value": float(statistic(one, other)), "low": None if low is None else float(low),
-                           "high": None if high is None else float(high), "n": len(one)}  # fmt: skip
+    for name, statistic in STATISTICS.items():
+        found[name] = _estimate(float(statistic(one, other)), statistic(one[drawn], other[drawn]), len(one))
     return found
 
 
@@ -93,9 +90,7 @@ def gain(after: Weights, before: Weights, learned: Weights, seed: int = 0) -> Es
     early, _ = _checked(before, learned)
     drawn = np.random.default_rng(seed).integers(0, len(true), (DRAWS, len(true)))
     values = pooled_r(late[drawn], true[drawn]) - pooled_r(early[drawn], true[drawn])
-    low, high = np.quantile(values, [0.025, 0.975])
-    value = float(pooled_r(late, true) - pooled_r(early, true))
-    return {"value": value, "low": float(low), "high": float(high), "n": len(true)}
+    return _estimate(float(pooled_r(late, true) - pooled_r(early, true)), values, len(true))
 
 
 def permuted(reported: Weights, learned: Weights, within: bool = False, seed: int = 0) -> Estimate:
@@ -117,8 +112,7 @@ def permuted(reported: Weights, learned: Weights, within: bool = False, seed: in
             part = part[np.arange(DRAWS)[:, None], order]
         drawn[:, places, :count] = part
     values = pooled_r(drawn, np.broadcast_to(other, drawn.shape))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(one)}
+    return _estimate(float(values.mean()), values, len(one))
 
 
 def partial_r(reported: Weights, learned: Weights, given: Weights) -> float:
@@ -138,6 +132,14 @@ def disattenuated(r: float, *reliabilities: float) -> float:
     if not all(0 < reliability <= 1 for reliability in reliabilities):
         raise ValueError(f"reliabilities must be above 0 and at most 1, got {reliabilities}")
     return float(r / np.sqrt(np.prod(reliabilities)))
+
+
+def _estimate(value: float, drawn: Array, count: int) -> Estimate:
+    values = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or len(values) <= DRAWS / 2:
+        return {"value": value if np.isfinite(value) else None, "low": None, "high": None, "n": count}
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"value": value, "low": float(low), "high": float(high), "n": count}
 
 
 def _checked(reported: Weights, learned: Weights) -> tuple[Array, Array]:

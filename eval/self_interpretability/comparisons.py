@@ -22,13 +22,19 @@ NEW, OLD = (f"new preferences: reports against {which} choices" for which in ("n
 
 
 class Row(NamedTuple):
-    """Weights of the same contexts, `[contexts, attributes]` each: reported or learned, and what they should be; and
-    of the contexts that were asked, how many replies were written freely, and how many of these are valid."""
+    """Weights of the same contexts, `[contexts, attributes]` each: reported or learned, and what they should be; which
+    contexts; and of those that were asked, how many replies were written freely, and how many of these are valid."""
 
     found: Array
     true: Array
+    names: tuple[str, ...]
     replies: int = 0
     valid: int = 0
+
+    def only(self, names: Sequence[str]) -> Row:
+        """The row of these contexts, in their order."""
+        places = [self.names.index(name) for name in names]
+        return self._replace(found=self.found[places], true=self.true[places], names=tuple(names))
 
 
 def learned_against_target(record: Record, estimator: str = "paper") -> Row | None:
@@ -93,15 +99,22 @@ def comparisons(arms: Mapping[str, Record]) -> dict[str, Row]:
     made["2: the same, written freely"] = joined([reports_against(one, instilled, TEST, "written") for one in folds])
     made["2: the same, against choices measured again"] = joined([reports_against(one, one, TEST) for one in folds])
     made[NATIVE_BEFORE] = reports_against(instilled, instilled, ("native",))
-    for one in folds[:1]:  # these contexts are the same in every fold, and no more for being measured twice
+    made["native, base model's reports"] = reports_against(base, instilled, ("native",))
+    # Native contexts are the same in every fold. Of experiment 3's model all instilled contexts were reported.
+    for one in [arms["reported_all"]] if "reported_all" in arms else folds[:1]:
         made["choices measured again against target"] = learned_against_target(one)
         made[NATIVE] = reports_against(one, instilled, ("native",))
         made["never set (dummy weights)"] = reports_against_target(one, ("never",))
     if "shuffled" in arms:
         made[SHUFFLED] = reports_against(arms["shuffled"], instilled, TEST)
     if "other" in arms:
+        made["control: another model, learned against its target"] = learned_against_target(arms["other"])
         made[OTHER] = reports_against(arms["other"], instilled, TEST)
+        made["native, another model's reports"] = reports_against(arms["other"], instilled, ("native",))
     if "reinstil" in arms:
+        made["new preferences: learned against new target"] = _row(
+            arms["reinstil"], lambda one: _learned(one, "paper"), arms["reinstil"], lambda one: one["target"], TEST
+        )
         made[NEW] = reports_against(arms["reinstil"], arms["reinstil"], TEST)
         made[OLD] = reports_against(arms["reinstil"], instilled, TEST)
     for record in arms.values():
@@ -122,9 +135,12 @@ def joined(rows: Sequence[Row | None]) -> Row | None:
     if not there:
         return None
     return Row(
-        np.concatenate([row.found for row in there]), np.concatenate([row.true for row in there]),
-        sum(row.replies for row in there), sum(row.valid for row in there),
-    )  # fmt: skip
+        np.concatenate([row.found for row in there]),
+        np.concatenate([row.true for row in there]),
+        tuple(name for row in there for name in row.names),
+        sum(row.replies for row in there),
+        sum(row.valid for row in there),
+    )
 
 
 def _learned(one: Record, estimator: str) -> Sequence[float] | None:
@@ -136,11 +152,12 @@ def _row(
 ) -> Row | None:
     """Both sides of the contexts of these roles (those of `left`) that both have; None for fewer than two."""
     names = [name for name, one in left["contexts"].items() if one["role"] in roles and name in right["contexts"]]
-    pairs = [(first(left["contexts"][name]), second(right["contexts"][name])) for name in names]
-    kept = [(one, other) for one, other in pairs if one is not None and other is not None]
+    pairs = {name: (first(left["contexts"][name]), second(right["contexts"][name])) for name in names}
+    kept = {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
     if len(kept) < 2:
         return None
-    return Row(np.array([one for one, _ in kept], dtype=float), np.array([other for _, other in kept], dtype=float))
+    found, true = (np.array([pair[side] for pair in kept.values()], dtype=float) for side in (0, 1))
+    return Row(found, true, tuple(kept))
 
 
 def _counted(row: Row | None, record: Record, roles: Sequence[str]) -> Row | None:

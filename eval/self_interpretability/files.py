@@ -99,6 +99,8 @@ def read_weights(path: str | Path, contexts: Mapping[str, Context]) -> dict[str,
         weights = _numbers(row, "attr", context)
         if weights is None:
             problems.append(f"{row.place()}: attr1 to attr{len(context.attributes)} must be numbers")
+        elif context.name in found:
+            problems.append(f"{row.place()}: weights of {context.name!r} for the second time")
         else:
             found[context.name] = weights
     _finish("weights", problems)
@@ -106,8 +108,16 @@ def read_weights(path: str | Path, contexts: Mapping[str, Context]) -> dict[str,
 
 
 def _rows(paths: Sequence[str | Path], needed: str) -> list[Row]:
+    given = [str(Path(path).resolve()) for path in paths]
+    if twice := sorted({path for path in given if given.count(path) > 1}):
+        raise ValueError(f"{twice[0]} is given twice: its rows would count twice")
     rows = [row for path in paths for row in read_rows(path)]
-    for row in rows[:1] if len(paths) == 1 else rows:
+    models = sorted({str(row.values["model"]) for row in rows if row.values.get("model") not in (None, "")})
+    if len(models) > 1:
+        raise RowError(
+            f"{', '.join(map(str, paths))}: rows of {len(models)} models ({', '.join(models[:4])}); give those of one"
+        )
+    for row in rows:
         if missing := [column for column in ("scenario", needed) if column not in row.values]:
             raise RowError(f"{row.place()}: no column {', '.join(missing)}; there are {', '.join(row.values)}")
     if not rows:
@@ -138,13 +148,21 @@ def _finish(what: str, problems: list[str]) -> None:
 
 
 def validity(replies: Mapping[str, Replies], asked: Sequence[str], each: int | None) -> dict[str, Any]:
-    """How many replies there are. `asked`: contexts that were asked; `each`: how often (default: as often as the most
-    any context has replied). What is not in the files was not valid for whoever wrote them."""
-    count = each or max((len(one.weights) + one.invalid for one in replies.values()), default=0)
+    """How many replies there are of contexts that were `asked`; `each`: how often (default: as often as the most any
+    context has replied). What is not in the files was not valid for whoever wrote them.
+
+    Raises:
+        ValueError: `each` below what some context has replied.
+    """
+    of_asked = {name: one for name, one in replies.items() if name in set(asked)}
+    most = max((len(one.weights) + one.invalid for one in of_asked.values()), default=0)
+    if each is not None and each < max(1, most):
+        raise ValueError(f"--asked {each}: some context has {most} replies in the files")
     return {
-        "asked": count * len(asked),
-        "valid": sum(len(one.weights) for one in replies.values()),
-        "unparsable": sum(one.invalid for one in replies.values()),
+        "asked": (most if each is None else each) * len(asked),
+        "valid": sum(len(one.weights) for one in of_asked.values()),
+        "unparsable": sum(one.invalid for one in of_asked.values()),
         "contexts_asked": len(asked),
-        "contexts": sum(bool(one.weights) for one in replies.values()),
+        "contexts": sum(bool(one.weights) for one in of_asked.values()),
+        "not_asked": sorted(set(replies) - set(asked)),
     }

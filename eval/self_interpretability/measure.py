@@ -36,8 +36,9 @@ def measure(
     `halves` (weights of the first and second half of the trials, where both can), `agreement` (share of choices that
     are as `targets`, context -> weights, would have them), `linearity`, `bias`, `off_answer`, `first` (share of trials
     where A was chosen). With questions: `reported`, `positive`, `entropy` and `mass` of each attribute, means over the
-    questions about it; of replies written freely, of at most `new_tokens`: `replies`, how many are `valid`, and
-    `written`, the mean of these (None without any, or where an attribute has none).
+    questions about it; `reported_halves`, means over every other one, where there are several; of replies written
+    freely, of at most `new_tokens`: `replies`, how many are `valid`, and `written`, the mean of these (None without
+    any, or where an attribute has none).
     """
     common: dict[str, Any] = {"template": template, "batch_size": batch_size, "progress": progress}
     found: dict[str, dict[str, Any]] = {}
@@ -53,6 +54,11 @@ def measure(
         means = np.array([np.mean(places[place], axis=0) for place in sorted(places)]).round(DIGITS)
         names = ("reported", "positive", "entropy", "mass")
         found.setdefault(context, {}).update({name: means[:, number].tolist() for number, name in enumerate(names)})
+        if all(len(values) > 1 for values in places.values()):
+            found[context]["reported_halves"] = [
+                [round(float(np.mean([one[0] for one in places[place][half::2]])), DIGITS) for place in sorted(places)]
+                for half in (0, 1)
+            ]
     for context, said in _written(questions, written_reports(model, tokenizer, questions, new_tokens=new_tokens,
                                                             **common)).items():  # fmt: skip
         found[context] |= said

@@ -93,6 +93,8 @@ def show(run: RunFolder) -> None:
             f"{probe}off-answer mass {details['off-answer mass']:.2g}, mass on "
             f"numbers {details['mass on numbers']:.3f}, linearity {details['linearity']:.2f}"
         )
+        if crooked := details["contexts with linearity under 0.7"]:
+            console.print(f"Seed {seed}: choices of {crooked} contexts are not linear (R^2 under 0.7)")
     for name, count in metrics["validity"].items():
         if count["valid"] < FEW * count["replies"]:
             share = count["valid"] / count["replies"]

@@ -26,11 +26,13 @@ from .comparisons import (
     comparisons,
     instilled_agreement,
     joined,
+    learned_against_target,
     on_held_out,
     reports_against_target,
     trained_to_report,
 )
 
+LINEAR = 0.7  # with a smaller R^2, weights are no faithful summary of choices (spec 4.4)
 RANGES = {"pooled_r": (-1.0, 1.0), "within_context_r": (-1.0, 1.0), "sign_agreement": (0.0, 1.0), "mae": (0.0, np.inf)}
 
 
@@ -56,17 +58,26 @@ class Results:
     def metric(self, name: str, statistic: str = "pooled_r") -> Metric:
         """Mean over the seeds that have it with its 95 % interval; with one, that over its contexts."""
         found = [one[statistic] for one in self.estimates(name).values()]
+        # Reports that are all alike have no r; they agree with nothing, which is what 0 says.
+        found = [{**one, "value": one["value"] or 0.0} for one in found]
         if len(found) == 1:
             return {key: found[0][key] for key in ("value", "low", "high", "n")}  # type: ignore[return-value]
-        over = _over_seeds([one["value"] for one in found], sum(one["n"] for one in found))
+        over = _over_seeds([float(one["value"] or 0.0) for one in found], sum(one["n"] for one in found))
         least, most = RANGES.get(statistic, (-np.inf, np.inf))
         if over["low"] is not None and over["high"] is not None:
             over |= {"low": max(least, over["low"]), "high": min(most, over["high"])}
         return over
 
     def difference(self, one: str, other: str) -> Metric:
-        """Of two rows' pooled r: mean over seeds with interval (of one seed: without)."""
-        pairs = [(self.rows[one][seed], self.rows[other][seed]) for seed in self.rows[one] if seed in self.rows[other]]
+        """Of two rows' pooled r, on the contexts that both have (where they have some in common): mean over seeds with
+        interval (of one seed: without)."""
+        pairs = []
+        for seed in self.rows[one]:
+            if seed in self.rows[other]:
+                first, second = self.rows[one][seed], self.rows[other][seed]
+                if both := [name for name in first.names if name in second.names]:
+                    first, second = first.only(both), second.only(both)
+                pairs.append((first, second))
         values = [float(pooled_r(a.found, a.true) - pooled_r(b.found, b.true)) for a, b in pairs]
         return _over_seeds(values, sum(len(row.found) for row, _ in pairs))
 
@@ -102,17 +113,27 @@ class Results:
         if target is not None:
             here["r against target"] = float(pooled_r(target.found, target.true))
         halves = [one["halves"] for one in instilled["contexts"].values() if one.get("halves")]
-        r = float(pooled_r(np.array([h[0] for h in halves]), np.array([h[1] for h in halves]))) if halves else 0.0
-        here["reliability of learned weights"] = 2 * r / (1 + r) if r > 0 else 0.0  # Spearman-Brown
-        if r > 0:  # else there is nothing that r could be corrected for
-            here["disattenuated r"] = disattenuated(held_out, here["reliability of learned weights"])
+        r = _reliability(halves) or 0.0
+        here["reliability of learned weights"] = r
+        said = _reliability([one["reported_halves"] for fold in folds for one in fold["contexts"].values()
+                             if one["role"] in TEST and "reported_halves" in one])  # fmt: skip
+        if said is not None:  # asked several times; else every report is one exact number
+            here["reliability of reports"] = said
+        if r > 0 and said != 0:  # else there is nothing that r could be corrected for
+            here["disattenuated r"] = disattenuated(held_out, here["reliability of learned weights"], said or 1.0)
         if "readable" in instilled:
             here["readable from embeddings"] = instilled["readable"]
         if instilled.get("readable", 0.0) > 0:
             here["reported of readable"] = held_out / instilled["readable"]
         chosen = [one for one in instilled["contexts"].values() if "learned" in one]
         here["agreement with target"] = instilled_agreement(instilled)
-        here["linearity"] = float(np.mean([one.get("linearity", 0.0) for one in chosen]))
+        linear = [one["linearity"] for one in chosen if "linearity" in one]
+        here["linearity"] = float(np.mean(linear)) if linear else 0.0
+        here["contexts with linearity under 0.7"] = sum(value < LINEAR for value in linear)
+        for estimator in ("fractional", "least_squares"):
+            other = learned_against_target(instilled, estimator)
+            if other is not None:
+                here[f"learned against target, {estimator}"] = float(pooled_r(other.found, other.true))
         here["off-answer mass"] = float(np.mean([one["off_answer"] for one in chosen]))
         here["contexts that could not be fitted"] = sum("refused" in one for one in chosen)
         here["mass on numbers"] = float(np.mean([np.mean(one["mass"]) for one in instilled["contexts"].values()]))
@@ -158,6 +179,14 @@ def claim(text: str, found: Metric, low: float) -> dict[str, Any]:
     bounds = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
     return {"claim": text, "supported": found["low"] is not None and found["low"] > low,
             "detail": f"{found['value']:.2f}{bounds}"}  # fmt: skip
+
+
+def _reliability(halves: Sequence[Sequence[Sequence[float]]]) -> float | None:
+    """Of means over both halves of measurements, by Spearman and Brown; None for fewer than two contexts."""
+    if len(halves) < 2:
+        return None
+    r = float(pooled_r(np.array([half[0] for half in halves]), np.array([half[1] for half in halves])))
+    return 2 * r / (1 + r) if r > 0 else 0.0
 
 
 def _over_seeds(values: Sequence[float], count: int) -> Metric:

@@ -22,7 +22,7 @@ class Arm:
 
     Attributes:
         key: its folder and its name in results.
-        kind: "base", "instilled" or "reported"; or one of `CONTROLS`.
+        kind: "base", "instilled", "reported", "all" (of all instilled contexts); or one of `CONTROLS`.
         level: of the difficulty ladder.
         start: key of the arm whose model it starts from; empty for a base.
         fold: which half of the instilled contexts reports were trained on, where any were.
@@ -101,7 +101,10 @@ class StageArguments:
             if unknown or len(set(given)) < len(given) or (not given and name != "controls"):
                 raise ValueError(f"--{name} {given}: any of {', '.join(map(str, known))}, each once")
         if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: no JSON ({error})") from error
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: a JSON object")
         if self.trials < 12:
@@ -116,6 +119,8 @@ class StageArguments:
         first, *others = self.levels
         arms = [Arm("base", "base", first), Arm("instilled", "instilled", first, "base")]
         arms += [Arm(f"reported_{fold}", "reported", first, "instilled", fold) for fold in self.folds]
+        if len(self.folds) > 1:  # experiment 3's: it holds out native contexts alone
+            arms.append(Arm("reported_all", "all", first, "instilled"))
         starts = {"shuffled": "instilled", "other": "base", "reinstil": f"reported_{self.folds[0]}"}
         arms += [Arm(control, control, first, starts[control], self.folds[0]) for control in CONTROLS if control in
                  self.controls]  # fmt: skip

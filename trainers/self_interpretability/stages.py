@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...files import write_json
+from ..dry_run import show_dry_run
 from ..fits import Fit, run_fit
 from ..stream import Stream
 from ..training import own_forward
@@ -66,6 +68,24 @@ def run_stage(
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
     merged = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
     return replace(found, model=merged.requires_grad_(True))
+
+
+def show_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferenceConfig,
+    *,
+    rows: Dataset | None = None,
+    stream: Stream | None = None,
+    peft_config: PeftConfig | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> None:
+    """Rows with their loss tokens, parameters and memory of the first stage; nothing is trained."""
+    args = copy.copy(args)
+    with tempfile.TemporaryDirectory() as args.output_dir:  # the Trainer makes its folder at once
+        trainer = PreferenceTrainer(model, args, rows and templated(rows, template), stream=stream,
+                                    processing_class=tokenizer, peft_config=peft_config)  # fmt: skip
+        show_dry_run(trainer, tokenizer)
 
 
 def templated(rows: Dataset, template: Mapping[str, Any] | None) -> Dataset:

@@ -110,9 +110,22 @@ def _check(args: Any, rows: Dataset | None, stream: Stream | None, task: str) ->
     if task not in tasks or tasks - {DECISION, REPORT}:
         found = ", ".join(sorted(tasks)) or "nothing"
         raise ValueError(f"rows must be of the task {task}, and may be of decision and report only; found {found}")
+    if rows is None:
+        return
+    if missing := [column for column in ("prompt", "completion") if column not in rows.column_names]:
+        raise ValueError(
+            f"rows have no {' and no '.join(missing)}, so that the loss would be on whole chats; they have "
+            f"{', '.join(rows.column_names)}"
+        )
+    for number, row in enumerate(rows.select_columns(["task", "completion"]), 1):
+        said = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
+        if row["task"] == DECISION and said.strip() not in ("A", "B"):
+            raise ValueError(f"row {number}: a decision says {said!r}, not A or B alone")
 
 
 def _train_only(model: Any, part: Part) -> None:
+    if part == "embeddings" and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise ValueError("L0 instils into the embeddings alone, and this model's are its output head as well (tied)")
     model.requires_grad_(part == "all")
     if part == "all":
         return
