@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from random import Random
 
@@ -15,10 +16,12 @@ from steerbook.data_builders.self_interpretability import (
     build,
 )  # fmt: skip
 from steerbook.data_builders.self_interpretability.__main__ import main
-from steerbook.data_builders.self_interpretability.contexts import Attribute, Context
+from steerbook.data_builders.self_interpretability.asking import questions
+from steerbook.data_builders.self_interpretability.contexts import Attribute, Context, read_contexts
+from steerbook.data_builders.self_interpretability.experiment import shuffled
 from steerbook.data_builders.self_interpretability.generated import generated_contexts
-from steerbook.data_builders.self_interpretability.splits import check_leaks, split_contexts
-from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment
+from steerbook.data_builders.self_interpretability.splits import check_leaks, split_contexts, unlike
+from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment, decisions
 from steerbook.data_builders.self_interpretability.texts import (
     decision_prompt,
     parse_report,
@@ -216,8 +219,84 @@ def test_shuffled_reports_are_the_same_weights_of_other_contexts():
     def values(rows):
         return [tuple(json.loads(row["completion"][0]["content"]).values()) for row in rows]
 
-    assert sorted(values(plain)) == sorted(values(mixed)) and values(plain) != values(mixed)
-    assert plain["prompt"] == mixed["prompt"]
+    assert sorted(values(plain)) == sorted(values(mixed)) and plain["prompt"] == mixed["prompt"]
+    assert not any(one == other for one, other in zip(values(plain), values(mixed), strict=True))  # none keeps its own
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
+def test_shuffling_leaves_nobody_its_own_weights(count):
+    contexts = generated_contexts(count, 0)
+    weights = {one.name: (number, -number, 100) for number, one in enumerate(contexts)}
+    for seed in range(20):
+        mixed = shuffled(weights, contexts, seed)
+        assert all(mixed[one.name] != weights[one.name] for one in contexts)
+        if count > 1:
+            assert sorted(mixed.values()) == sorted(weights.values())
+
+
+def test_contexts_that_tell_of_each_other_are_left_out(tmp_path):
+    """The same person, the same question, or the same attributes in another order: the first one stays."""
+    made = generated_contexts(6, 0)
+    person = replace(made[1], name="b", question=made[0].question.rpartition(". ")[0] + ". Which sofa?")
+    turned = replace(made[2], name="c", attributes=made[0].attributes[::-1])
+    assert unlike([made[0], person, turned, made[3]]) == [made[0], made[3]]
+    assert unlike(generated_contexts(200, 1)) == generated_contexts(200, 1)
+    rows = [{"short_name": f"c{n}", "question": "Imagine you are Macbeth. Which one?", "attributes": [
+        {"name": f"{kind}{n}", "units": "", "range": [0, 9]} for kind in "ab"]} for n in range(12)]  # fmt: skip
+    file = tmp_path / "s.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"11 of 12 contexts have the same person.*1 are left, 12 are needed"):
+        build(PreferenceDataArguments(scenarios=str(file), instilled=8, native=2, never=2))
+
+
+def test_contexts_of_different_sizes_are_refused_by_name(tmp_path):
+    rows = [
+        {
+            "short_name": f"c{n}",
+            "question": f"Imagine you are P{n}. Which one?",
+            "attributes": [{"name": f"{kind}{n}", "units": "", "range": [0, 9]} for kind in "abc"[: 2 + n % 2]],
+        }
+        for n in range(12)
+    ]
+    file = tmp_path / "s.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="'c0' has 2 attributes and 'c1' 3"):
+        build(PreferenceDataArguments(scenarios=str(file), instilled=8, native=2, never=2))
+
+
+def test_an_attribute_without_a_name_shifts_nothing(tmp_path):
+    file = tmp_path / "s.csv"
+    head = "scenario,question," + ",".join(f"attr{k},attr{k}_min,attr{k}_max" for k in (1, 2, 3))
+    file.write_text(f"{head}\ntea,Which?,,0,1,b,0,1,c,0,1\nsofa,What?,a,0,1,b,0,1,,,\n")
+    with pytest.raises(ValueError, match=r"row 1, attributes: found an empty name in front of others"):
+        read_contexts(file)
+    file.write_text(f"{head}\nsofa,What?,a,0,1,b,0,1,,,\n")
+    assert len(read_contexts(file)[0].attributes) == 2
+
+
+def test_replies_are_read_or_not_and_never_end_a_run():
+    two = Context("x", "?", (Attribute("größe", 0, 1), Attribute('a "b"', 0, 1)))
+    said = report_text(two, [5, -7])
+    assert "größe" in said and parse_report(two, said) == [5.0, -7.0]
+    (asked,) = questions([two], 1, Random(0))
+    assert asked.openings[0] + " 5" + asked.openings[1] + " -7" + asked.closings[1] == said
+    big = "9" * 400
+    for text in (f'{{"größe": {big}, "a \\"b\\"": 1}}', "[" * 5000, '{"größe": ' + "9" * 6000, '{"größe": 1e999}',
+                 '{"größe": 1, "größe": 2, "a \\"b\\"": 3}', '{"größe": NaN, "a \\"b\\"": 1}'):  # fmt: skip
+        assert parse_report(two, text) is None
+
+
+def test_numbers_beside_attributes_are_leaks():
+    contexts = generated_contexts(8, 0)
+    split = split_contexts(contexts, 0, 0, 6, 1, 1)
+    one = split.report_train[0]
+    row = decisions([one], 1, {one.name: (1,) * len(one.attributes)}, Random(0))[0]
+    check_leaks({"decisions": [row]}, split)
+    text = row["prompt"][-1]["content"]
+    told = text.replace(one.question, f"{one.question} You weigh {one.attributes[1].name} at -70.")
+    bad = {**row, "prompt": [*row["prompt"][:-1], {"role": "user", "content": told}]}
+    with pytest.raises(ValueError, match=f"a number stands beside '{one.attributes[1].name}'"):
+        check_leaks({"decisions": [bad]}, split)
 
 
 def test_bad_arguments_and_files(tmp_path):

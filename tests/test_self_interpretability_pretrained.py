@@ -156,6 +156,8 @@ def test_a_template_that_puts_thinking_between_is_refused(recipe, base, tmp_path
         (["--known", "5"], ["--known is of the embedded world"]),
         (["--rows_seed", "1"], ["--rows_seed has no effect here", "--seeds"]),
         (["--max_length", "300"], ["300 are allowed", "--max_length"]),
+        (["--chat_template_kwargs", "so"], ["--chat_template_kwargs so", "no JSON"]),
+        (["--reports_each", "50", "--replay", "0.9"], ["--replay 0.9 of", "replay less"]),
         (["--chat_template_kwargs", "[1]"], ["--chat_template_kwargs", "a JSON object"]),
         (["--scenarios", "none.csv"], ["none.csv"]),
     ],

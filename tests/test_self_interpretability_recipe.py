@@ -1,6 +1,7 @@
 """recipes/self_interpretability.py as a user runs it: the smoke preset by `accelerate launch`, resuming, bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,10 @@ def test_dry_run_shows_rows_and_leaves_nothing(recipe, tmp_path, capsys):
     for text in ("choice", "report", "[ A]", "all parameters", "Steps: 2 per fit"):
         assert text in output or text == "[ A]" and "[ B]" in output
     assert not (tmp_path / "run").exists()
+    whole = int(re.search(r"([\d,]+) of ([\d,]+)", output)[1].replace(",", ""))
+    recipe.main([*SHORT, "--levels", "L3", "--dry_run", "true", "--output_dir", str(tmp_path / "run")])
+    part = int(re.search(r"([\d,]+) of ([\d,]+)", capsys.readouterr().out)[1].replace(",", ""))
+    assert part < whole  # the weights that this level trains, not all
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def test_only_the_part_learns(tmp_path, part, parts):
     assert moved(model(), everything) > names
 
 
+def tied():
+    one = model()
+    one.config.tie_word_embeddings = True
+    return one
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -79,6 +85,12 @@ def test_only_the_part_learns(tmp_path, part, parts):
                                         processing_class=TOKENIZER), "on completions only"),
         (lambda args: PreferenceTrainer(model(), replace(args, packing=True), rows(), processing_class=TOKENIZER),
          "packing"),
+        (lambda args: PreferenceTrainer(model(), args, rows("decision", " banana"), processing_class=TOKENIZER),
+         "row 1: a decision says ' banana', not A or B alone"),
+        (lambda args: PreferenceTrainer(model(), args, rows().rename_columns({"prompt": "messages"}),
+                                        processing_class=TOKENIZER), "rows have no prompt, so that the loss"),
+        (lambda args: PreferenceTrainer(tied(), replace(args, part="embeddings"), rows(), processing_class=TOKENIZER),
+         "output head as well"),
         (lambda args: ReportTrainer(model(), args, rows(), processing_class=TOKENIZER), "must be of the task report"),
         (lambda args: ReportTrainer(model(), args, rows("report"), eval_dataset=rows("report"),
                                     processing_class=TOKENIZER), "reports of x are both trained on and chosen by"),
