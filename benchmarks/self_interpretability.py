@@ -24,8 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timing import measure, ratio
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_chat import make
 
 from steerbook.console import quiet_libraries
 from steerbook.data_builders.self_interpretability.asking import choices, questions
@@ -40,37 +39,10 @@ from steerbook.eval.self_interpretability.behaviour import measure_choices
 from steerbook.eval.self_interpretability.reports import measure_reports
 from steerbook.files import write_json
 
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 REPORTS, ONE, BATCHED = "reports, ours", "reports, string by string", "reports, strings in batches of 32"
 CHOICES, BATCHES = "choices, ours", "choices, generate in batches (2 tokens)"
 WRITTEN, FULL = (f"choices, generate prompt by prompt ({count} tokens)" for count in (2, 16))
 BOUNDS = {(ONE, REPORTS): 5.0, (BATCHES, CHOICES): 3.0, (WRITTEN, CHOICES): 3.0, (FULL, CHOICES): 3.0}
-
-
-def make(texts: list[str]) -> tuple[Any, Any]:
-    """A random model, and a tokenizer of 2,000 pieces trained on the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>")
-    fast.chat_template = CHAT
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        initializer_range=0.08,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).float().eval(), fast
 
 
 def string_by_string(model: Any, tokenizer: Any, question: Any, found: Any, batch: int) -> np.ndarray:
