@@ -33,7 +33,7 @@ from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.eval.results import read_records
 from steerbook.eval.self_interpretability.answers import check_prompts
-from steerbook.eval.self_interpretability.comparisons import took
+from steerbook.eval.self_interpretability.comparisons import INSTILLED, TEST, took
 from steerbook.eval.self_interpretability.measure import measure, readable
 from steerbook.eval.self_interpretability.report import show, write_report
 from steerbook.eval.self_interpretability.reports import NEW_TOKENS
@@ -206,11 +206,12 @@ class Arms:
         arm, made, recipe = self.planned[key], self.fit(key), self.settings.recipe
         side = self.side(arm)
         data, roles = side.data, side.data.roles(arm.fold or 0)
-        chosen = arm.kind in ("instilled", "all", "other", "reinstil") or (
-            arm.kind == "reported" and arm.level == self.first)  # fmt: skip
+        decided = {"all": INSTILLED, "other": INSTILLED, "reinstil": TEST, "instilled": (*INSTILLED, "native"),
+                   "reported": TEST if arm.level == self.first else ()}.get(arm.kind, ())  # fmt: skip
+        chosen = [one for one in data.choices(self.settings.stage.trials) if roles[one.context] in decided]
         weights = data.others if arm.kind in ("other", "reinstil") else data.weights  # what the choices should follow
         found = measure(
-            made.model, side.tokenizer, data.choices(self.settings.stage.trials) if chosen else [],
+            made.model, side.tokenizer, chosen,
             data.questions(self.settings.stage.asked), weights,
             template=side.template, batch_size=recipe.eval_batch_size, new_tokens=side.new_tokens,
             progress=not self.settings.toy,

@@ -48,17 +48,21 @@ def test_a_push_moves_the_last_token_alone_and_is_taken_back(tiny):
     ids = torch.tensor([tokenizer("buy a lamp")["input_ids"]])
     direction = random_direction(model.config.hidden_size, 1)
     before = prompt_states(model, tokenizer, PROMPTS)
+    seen = []  # what the next layer is given
+    watch = (
+        model.get_decoder().layers[2].register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    )
     with torch.no_grad():
-        plain = model(ids, output_hidden_states=True).hidden_states
+        model(ids)
         with steered(model, 1, direction, 2.0, 0.5):
-            pushed = model(ids, output_hidden_states=True).hidden_states
-            one = model(ids[:, :1], output_hidden_states=True).hidden_states
+            model(ids)
+            model(ids[:, :1])  # a token that is written
+        model(ids[:, :1])
+    watch.remove()
+    plain, pushed, written, alone = seen
     unit = torch.tensor(direction / np.linalg.norm(direction), dtype=torch.float32)
-    assert torch.allclose(pushed[2][0, -1] - plain[2][0, -1], unit, atol=1e-5)  # 2 times 0.5
-    assert torch.equal(pushed[2][0, :-1], plain[2][0, :-1]) and torch.equal(pushed[1], plain[1])
-    assert not torch.allclose(pushed[3][0, -1], plain[3][0, -1])
-    with torch.no_grad():
-        assert torch.equal(model(ids[:, :1], output_hidden_states=True).hidden_states[2], one[2])  # a written token
+    assert torch.allclose(pushed[0, -1] - plain[0, -1], unit, atol=1e-5)  # 2 times 0.5
+    assert torch.equal(pushed[0, :-1], plain[0, :-1]) and torch.equal(written, alone)
     after = prompt_states(model, tokenizer, PROMPTS)
     assert np.array_equal(before.last, after.last)
     assert residual_rms(before.last, 1) == pytest.approx(np.sqrt(np.mean(before.last[:, 1] ** 2)))
