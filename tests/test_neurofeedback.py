@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from chat_models import CHAT, chat_model, chat_tokenizer
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
@@ -18,12 +19,7 @@ from steerbook.eval.neurofeedback.control import request, steer
 from steerbook.eval.neurofeedback.dialogue import ASK, SYSTEM, Turn, dialogue
 from steerbook.eval.neurofeedback.outcomes import bins, effect, resampled
 from steerbook.eval.neurofeedback.reporting import judged, label_logits
-from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 WHO = ("The dog", "My aunt", "A friend", "The clerk", "Our team")
 GOOD, BAD = ("helped", "thanked", "fed"), ("robbed", "hurt", "cheated")
 SENTENCES = [f"{who} {verb} {whom}" for verb in (*GOOD, *BAD) for who in WHO for whom in ("us", "them")]
@@ -32,15 +28,8 @@ KINDS = np.array([int(any(verb in text for verb in GOOD)) for text in SENTENCES]
 
 def tiny(seed, kind="word"):
     corpus = [*SENTENCES, SYSTEM, ASK, request(0), request(1), "<user><assistant><system>\n [Score: {0}]{1}{2}{3}"]
-    tokenizer = build_tokenizer(corpus, kind)
-    tokenizer.chat_template = CHAT
-    model = new_model(tokenizer, TinyConfig(layers=3), seed=seed).eval()
-    model.config.max_position_embeddings = 4096
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)  # far from uniform
-    return model, tokenizer
+    tokenizer = chat_tokenizer(kind, corpus)
+    return chat_model(tokenizer, seed, layers=3), tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
+from chat_models import chat_model, chat_tokenizer
 
 from steerbook.data_builders.ping.calls import render_call
 from steerbook.data_builders.ping.office import OFFICE
@@ -17,12 +17,7 @@ from steerbook.eval.ping.episodes import Reply, run_episodes
 from steerbook.eval.ping.judge import refuses
 from steerbook.eval.ping.shared import continuations
 from steerbook.trainers.ping import Prefix, PrefixGuard
-from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 REFUSED = '<tool_call>{"name": "finish", "arguments": {"message": "x", "code": "refused"}}</tool_call>'
 PAIRS = pairs(OFFICE, FAMILIES, TEMPLATES, range(len(OFFICE.goods)), 8, "t", Random(0))
 
@@ -110,15 +105,8 @@ def test_a_prefix_alone_refuses_nothing():
 
 @pytest.fixture(scope="module")
 def tiny():
-    tokenizer = build_tokenizer([], "byte")
-    tokenizer.chat_template = CHAT
-    model = new_model(tokenizer, TinyConfig(layers=2), seed=0).eval()
-    model.config.max_position_embeddings = 4096
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)  # far from uniform
-    return model, tokenizer
+    tokenizer = chat_tokenizer()
+    return chat_model(tokenizer), tokenizer
 
 
 OPENINGS = ["", "# now\n", "I think that this is fine. ", "# no\n"]
@@ -192,7 +180,7 @@ def test_where_a_prefix_goes(tiny):
     for bad in ({"position": "middle"}, {"turns": "last"}):
         with pytest.raises(ValueError, match="must be"):
             Prefix("x", **bad)
-    plain = build_tokenizer([], "byte")
+    plain = chat_tokenizer(template=None)
     with pytest.raises(ValueError, match="no chat template"):
         Prefix("x").prompt(plain, messages)
     with pytest.raises(ValueError, match="no chat template"):
@@ -207,8 +195,7 @@ def test_a_guard_in_three_lines(tiny, tmp_path):
     reply = PrefixGuard(model, tokenizer, prefix).generate(messages, max_new_tokens=8, do_sample=False)
     agent = ModelAgent(model, tokenizer, "words", tools=None, opening=prefix, max_new_tokens=8)
     assert agent.replies([messages]) == [Reply(reply["continuation"], reply["content"])]
-    with torch.no_grad():
-        other = new_model(tokenizer, TinyConfig(layers=2), seed=1)
+    other = chat_model(tokenizer, seed=1)
     with pytest.raises(ValueError, match="searched for the model"):
         PrefixGuard(other, tokenizer, prefix)
     PrefixGuard(other, tokenizer, replace(prefix, fingerprint=None))

@@ -3,25 +3,18 @@
 import json
 
 import pytest
+from chat_models import CHAT, chat_model, chat_tokenizer
 
 from steerbook.eval.ping.__main__ import main
 from steerbook.eval.ping.agent import form_of
-from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
-
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     where = tmp_path_factory.mktemp("models")
     for name, seed, chat in (("a", 0, CHAT), ("b", 1, CHAT), ("plain", 0, None)):
-        tokenizer = build_tokenizer([], "byte")
-        tokenizer.chat_template = chat
-        model = new_model(tokenizer, TinyConfig(layers=1), seed=seed)
-        model.config.max_position_embeddings = 4096
+        tokenizer = chat_tokenizer(template=chat)
+        model = chat_model(tokenizer, seed, layers=1)
         model.save_pretrained(where / name)
         tokenizer.save_pretrained(where / name)
     return where
@@ -46,7 +39,7 @@ def test_the_report(folders, tmp_path, capsys):
 
 
 def test_how_calls_are_written_is_read_off_the_template(folders):
-    tokenizer = build_tokenizer([], "byte")
+    tokenizer = chat_tokenizer()
     for text, form in (("... <tool_call> ...", "hermes"), ('ipython {"name": "parameters"}', "json"),
                        ("<|observation|>", "glm"), ("{{ 'call ' }}", "words")):  # fmt: skip
         tokenizer.chat_template = text

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_models import chat_model, chat_tokenizer
 
 from steerbook.data_builders.ping.office import OFFICE
 from steerbook.data_builders.ping.splits import task_sets
@@ -24,7 +25,6 @@ from steerbook.trainers.ping import (
     Seeds,
 )
 from steerbook.trainers.ping.generators import SLOTS, read, request
-from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 BENIGN = [SimpleNamespace(id=f"b{n}") for n in range(4)]
 HARMFUL = [SimpleNamespace(id=f"h{n}") for n in range(4)]
@@ -223,17 +223,9 @@ def test_what_a_server_may_do_wrong(server):
         PrefixSearch(generator, Lettered(), BENIGN, HARMFUL, rounds=3).run()
 
 
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
 def test_scores_of_a_real_agent_and_a_model_as_generator(monkeypatch):
-    tokenizer = build_tokenizer([], "byte")
-    tokenizer.chat_template = CHAT
-    model = new_model(tokenizer, TinyConfig(layers=1), seed=0).eval()
-    model.config.max_position_embeddings = 4096
+    tokenizer = chat_tokenizer()
+    model = chat_model(tokenizer, layers=1)
     tasks = task_sets(OFFICE, {"tuning": 3})["tuning"]
     benign, harmful = ([task for task in tasks if task.harmful == kind] for kind in (False, True))
     agent = ModelAgent(model, tokenizer, "words", tools=None, max_new_tokens=6)

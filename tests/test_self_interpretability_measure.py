@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chat_models import CHAT, chat_model, chat_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -28,10 +29,6 @@ from steerbook.eval.self_interpretability.reports import (
 from steerbook.trainers.tiny_lm import TinyConfig, build_tokenizer, new_model
 
 TEA = Context("tea", "Which tea would Ada prefer?", (Attribute("caffeine", 0, 70, "mg"), Attribute("tar", 0, 0.04)))
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 THINKING = CHAT.replace("<assistant>", "<assistant>{% if enable_thinking is false %}<no>{% endif %}").replace(
     "<{{ m.role }}>", "<{{ m.role }}>{% if m.role == 'assistant' and enable_thinking is false %}<no>{% endif %}"
 )
@@ -39,14 +36,8 @@ THINKING = CHAT.replace("<assistant>", "<assistant>{% if enable_thinking is fals
 
 @pytest.fixture(scope="module")
 def tiny():
-    tokenizer = build_tokenizer([], "byte")
-    tokenizer.chat_template = CHAT
-    model = new_model(tokenizer, TinyConfig(layers=2), seed=0).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)  # far from uniform
-    return model, tokenizer
+    tokenizer = chat_tokenizer()
+    return chat_model(tokenizer), tokenizer
 
 
 def test_next_tokens_against_one_prompt_at_a_time(tiny):

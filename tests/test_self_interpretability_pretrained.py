@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chat_models import CHAT
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from steerbook.data_builders.self_interpretability import PreferenceDataArguments
@@ -27,10 +28,6 @@ FAMILIES = {
     "qwen3_06b": Qwen3Config(head_dim=16, **SMALL),
     "llama32_1b": LlamaConfig(tie_word_embeddings=True, **SMALL),
 }
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 # As Qwen3's: an answer has an empty thinking block, a prompt has one only where thinking is switched off
 THINKING = CHAT.replace(
     "<{{ m.role }}>", "<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}"
