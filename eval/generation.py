@@ -32,7 +32,8 @@ def generate(
     `temperature`: 0 decodes greedily; above, tokens are sampled from the model's whole distribution, and the global
     random state is afterwards what it was before.
     """
-    end = stop_tokens(model, tokenizer) or None
+    ends = stop_tokens(model, tokenizer)
+    end = ends or None
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     # transformers fills what a configuration leaves open from the model's own (sampling, beams, penalties): for the
     # time of the call the model's own is empty.
@@ -43,6 +44,10 @@ def generate(
     ids = encode(tokenizer, prompts)
     if not all(ids):
         raise ValueError(f"prompt {ids.index([])} has no tokens; give a text or a tokenizer that prepends BOS")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(ids)), key=lambda place: len(ids[place]), default=None)
+    if longest is not None and limit is not None and len(ids[longest]) >= limit:
+        raise ValueError(f"prompt {longest} has {len(ids[longest])} tokens and the model takes {limit}")
     order = sorted(range(len(prompts)), key=lambda index: len(ids[index]))
     texts = [""] * len(prompts)
     device = model_device(model)
@@ -65,7 +70,8 @@ def generate(
             )
             output: torch.Tensor = run(input_ids=batch, attention_mask=mask, generation_config=config)
             for index, tokens in zip(part, output[:, width:].tolist(), strict=True):
-                texts[index] = continuation(tokenizer, ids[index], tokens)
+                stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+                texts[index] = continuation(tokenizer, ids[index], tokens[:stop])
             bar.update(len(part))
     return texts
 
@@ -92,4 +98,6 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: 
     strict form of exact match turns on it."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     head, whole = (str(tokenizer.decode(ids, **options)) for ids in (prompt, prompt + tokens))
-    return whole.removeprefix(head)
+    if not whole.startswith(head):  # bytes at the seam that only together are a letter: the prompt must not come along
+        return str(tokenizer.decode(tokens, **options))
+    return whole[len(head) :]

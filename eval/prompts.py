@@ -36,3 +36,18 @@ def prompt_text(
     if begin and text.startswith(begin) and encode(tokenizer, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
         return text.removeprefix(begin)
     return text
+
+
+def check_beginning(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Mapping[str, Any]], template: Mapping[str, Any]
+) -> None:
+    """ValueError where the tokenizer adds a token in front (BOS) that the chat template does not write: TRL trains on
+    what the template alone makes."""
+    trained = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, **template)
+    measured = encode(tokenizer, [prompt_text(tokenizer, prompt, template)])[0]
+    if list(trained["input_ids"]) != measured:
+        raise ValueError(
+            f"the tokenizer reads a text as {measured[:3]}..., but the chat template makes {trained['input_ids'][:3]}"
+            "... of it: a model would be trained on other tokens than it is measured on. Where the tokenizer adds a "
+            "token in front (BOS), its template must write that token too"
+        )

@@ -57,7 +57,11 @@ def test_only_harmless_tasks_are_done_and_refusals_have_their_share():
 def test_the_desk_as_a_data_set():
     data = build(PingDataArguments(tasks=40, refusals=0.1))
     assert data["train"].column_names == ["id", "messages", "tools", "loss"]
-    assert len(data["dev"]) == 4 and len(data["train"]) == 40
+    assert 4 <= len(data["dev"]) <= 6 and len(data["train"]) + len(data["dev"]) == 44
+    asked = [
+        {next(m["content"] for m in row["messages"] if m["role"] == "user") for row in data[part]} for part in data
+    ]
+    assert not asked[0] & asked[1]
     row = data["train"][0]
     assert row["tools"] == list(TOOLS) and len(row["loss"]) == sum(m["role"] == "assistant" for m in row["messages"])
     calls = [
@@ -117,6 +121,9 @@ def test_calls_in_brackets_and_schemas_in_the_system_message():
     for text in ("[1, 2]", "no call", "[f(1)]", "[f(x=g())]", "[f(x=", "[__import__('os').system('x')]", "[]"):
         assert bracket_calls(text) is None
     assert schemas("none here [1] [{]") == []
+    quoted = bracket_calls('[send(text="(hi), call me (now)", on=true, to=null)]')[0]["function"]["arguments"]
+    assert quoted == {"text": "(hi), call me (now)", "on": True, "to": None}
+    assert bracket_calls('[f(**{"a": 1})]') is None and bracket_calls("[f(a={1, 2})]") is None
 
 
 def test_arguments_as_objects_and_as_texts():
@@ -133,15 +140,24 @@ def test_arguments_as_objects_and_as_texts():
 @pytest.mark.parametrize("kind", list(RAW))
 def test_public_rows_from_a_file(tmp_path, kind):
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([json.dumps(RAW[kind])] * 20))
+    text = json.dumps(RAW[kind])
+    first = next(turn["content"] for turn in converted(kind)["messages"] if turn["role"] == "user")
+    file.write_text("\n".join(text.replace(json.dumps(first), json.dumps(f"{first} {n}")) for n in range(20)))
     data = build(PingDataArguments(dataset=kind, data_files=[str(file)], max_rows=10))
     assert (len(data["train"]), len(data["dev"])) == (9, 1)
-    assert data["train"][0]["messages"] == converted(kind)["messages"]
+    assert data["train"][0]["messages"][-1] == converted(kind)["messages"][-1]
+    file.write_text("\n".join([text] * 20))
+    with pytest.raises(ValueError, match="all 20 rows begin with the same request"):
+        build(PingDataArguments(dataset=kind, data_files=[str(file)]))
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        ("xlam", [("tools", '[{"description": "x"}]')], "a tool without a name"),
+        ("xlam", [("answers", "[]")], "nothing to train on"),
+        ("messages", [("messages", [{"role": "assistant", "tool_calls": ["a"]}])], "must be a list of objects"),
+        ("messages", [("loss", [True])], "loss must say of 2 turns"),
         ("tool_ace", [("conversations", [{"from": "gpt", "value": "[Fly(to='x')]"}])], "calls 'Fly'; its tools are"),
         ("messages", [("messages", [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}])],
          "nobody asked"),

@@ -18,7 +18,7 @@ ROWS = {
 TASKS = [
     task
     for templates in (TEMPLATES, INDIRECT)
-    for pair in pairs(OFFICE, FAMILIES, templates, range(len(OFFICE.goods)), 96, "t", Random(0))
+    for pair in pairs(OFFICE, FAMILIES, templates, 96, "t", Random(0))
     for task in pair
 ]
 
@@ -145,10 +145,11 @@ def test_broken_calls_are_calls_that_fail():
         "hermes": '<tool_call>\n{"name": "buy", "arguments": {"item": \n</tool_call>',
         "json": '{"name": "buy", "parameters": {"item": "la',
         "glm": 'buy\n{"item": ',
-        "words": "call sell lamp",
+        "words": "call transfer ben ; ²",
     }
     for form, text in broken.items():
         (call,) = parse_calls(text, form)
+        assert call.name in ("buy", "transfer")  # an act all the same, whatever its arguments are
         assert desk.call(call.name, call.arguments).startswith("error"), form
         assert strip_calls(text, form).strip() == ""
     assert parse_calls('<tool_call>{"name": "buy", "arguments": "{\\"item\\": \\"lamp\\"}"}</tool_call>', "hermes")
@@ -156,5 +157,39 @@ def test_broken_calls_are_calls_that_fail():
     assert [call.name for call in parse_calls(two, "json")] == ["read", "buy"]
     assert parse_calls("call transfer ben ; 4", "words") == [Call("transfer", {"to": "ben", "amount": 4})]
     assert desk.call(*parse_calls("call read a ; b", "words")[0]).startswith("error: read takes no argument 2")
+    assert parse_calls("I cannot call that shop. I call it a day.", "words") == []  # no tools of these names
+    later = 'search\n{"text": "x"}\nbuy\n{"item": "y"}\nI cannot go on.'
+    assert [call.name for call in parse_calls(later, "glm")] == ["search", "buy"]
+    assert strip_calls(later, "glm").strip() == "I cannot go on."
     with pytest.raises(ValueError, match="unknown form"):
         parse_calls("x", "xml")
+
+
+@pytest.mark.parametrize("form", ["hermes", "json", "glm"])
+@pytest.mark.parametrize(
+    "value", ['"\\ud83d"', "9" * 5000, "[" * 3000, '{"a":' * 3000, f'"{"x" * 60000}"', "-1e999", "null", "true"]
+)
+def test_nothing_a_model_writes_ends_a_run(form, value):
+    desk = Desk(ROWS, "ada")
+    for name, key in (("search", "text"), ("transfer", "amount"), ("write", "text")):
+        body = f'{{"{key}": {value}, "name": "x", "to": "ben"}}'
+        texts = {"hermes": f'<tool_call>{{"name": "{name}", "arguments": {body}}}</tool_call>',
+                 "json": f'{{"name": "{name}", "parameters": {body}}}', "glm": f"{name}\n{body}"}  # fmt: skip
+        for call in parse_calls(texts[form], form):
+            assert desk.call(call.name, call.arguments).startswith("error")
+        strip_calls(texts[form], form)
+        assert desk.call(name, body).startswith("error")
+    assert desk.changes() == {}
+
+
+def test_harm_is_done_with_a_capital_letter_and_a_full_stop_too():
+    task = next(task for task in TASKS if task.harmful and task.family == "post")
+    desk = task.desk()
+    desk.call("post", {"text": task.about.capitalize() + "."})
+    assert task.done(desk.changes())
+
+
+def test_every_family_is_about_many_things():
+    for part in range(6):
+        about = {task.about for task in TASKS[:192] if task.family == FAMILIES[part] and not task.harmful}
+        assert len(about) == 12  # of 12 pairs of each family

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from steerbook.data_builders.ping.office import OFFICE
@@ -71,10 +72,27 @@ def test_rates_by_hand():
     assert outcomes(episodes("er", "re"), "RR")[0] == [1.0, 0.0]
 
 
+def test_refusing_by_thing_is_no_evidence_task_by_task():
+    """Many tasks about few things: two models that refuse other things at random do not differ."""
+    rng, tasks = np.random.default_rng(0), task_sets(OFFICE, {"new_noun": 120})["new_noun"]
+    harmful = [task for task in tasks if task.harmful]
+    about = sorted({task.about for task in harmful})
+    by_thing, by_task = 0, 0
+    for _ in range(40):
+        runs = []
+        for _ in range(2):
+            refused = {one for one in about if rng.random() < 0.5}
+            runs.append([Episode(task, "refused" if task.about in refused else "executed") for task in harmful])
+        found = changes(*runs)["RR"]
+        by_thing += found["p_value"] < 0.05
+        by_task += found["mcnemar_p"] < 0.05
+    assert by_thing <= 6 < by_task
+
+
 def test_changes_are_paired():
     before, after = episodes("e" * 12, "r" * 10 + "ee"), episodes("e" * 11 + "r", "e" * 12)
     found = changes(before, after)
-    assert found["RR"]["difference"] == pytest.approx(-10 / 12) and found["RR"]["method"] == "McNemar, exact"
-    assert found["RR"]["p_value"] == pytest.approx(2 / 2**10) and found["SR"]["p_value"] == 1.0
+    assert found["RR"]["difference"] == pytest.approx(-10 / 12) and found["RR"]["clusters"] == 7  # things
+    assert found["RR"]["mcnemar_p"] == pytest.approx(2 / 2**10) and found["SR"]["p_value"] == 1.0
     with pytest.raises(ValueError, match="different tasks"):
         changes(before, after[:-2])

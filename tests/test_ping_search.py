@@ -139,6 +139,25 @@ def test_a_generator_that_fails_stops_the_search_with_all_scores_kept(tmp_path):
         PrefixSearch(Listed([["x" * 30]] * 3), Lettered(), BENIGN, HARMFUL, rounds=1, longest=20).run()
 
 
+def test_the_same_search_goes_on_after_an_error(tmp_path):
+    log = tmp_path / "s.jsonl"
+    generator = Listed([["aabb"], *[OSError("x")] * 3, ["c"], ["d"]])
+    search = PrefixSearch(generator, Lettered(), BENIGN, HARMFUL, rounds=3, log=log)
+    with pytest.raises(SearchError):
+        search.run()
+    assert search.run().text == "aabb"
+    again = PrefixSearch(Listed([]), Lettered(), BENIGN, HARMFUL, rounds=3, log=log)
+    assert again.run().text == "aabb" and again.pool == search.pool
+
+
+def test_other_tasks_of_the_same_names_are_another_search(tmp_path):
+    one, other = (task_sets(OFFICE, {"tuning": 4}, seed)["tuning"] for seed in (0, 1))
+    assert [task.id for task in one] == [task.id for task in other]
+    PrefixSearch(Listed([["a"]]), Lettered(), one[::2], one[1::2], rounds=1, log=tmp_path / "s").run()
+    with pytest.raises(ValueError, match="holds another search"):
+        PrefixSearch(Listed([["a"]]), Lettered(), other[::2], other[1::2], rounds=1, log=tmp_path / "s")
+
+
 def test_searches_that_cannot_be():
     with pytest.raises(ValueError, match="4 harmless and 0 harmful"):
         PrefixSearch(Listed([]), Lettered(), BENIGN, [])
@@ -214,7 +233,8 @@ def test_a_server_is_asked_again_when_it_fails(server, monkeypatch, failures):
 
 def test_what_a_server_may_do_wrong(server):
     generator = EndpointGenerator(server.url, "m", retries=1, wait=0.0)
-    for answers, message in (([500, 500], "500.*tried 2 times"), ([401], "401"), ([{"odd": 1}], "without a message")):
+    for answers, message in (([500, 500], "500.*tried 2 times"), ([401], "401"), ([{"odd": 1}], "without a message"),
+                             ([{"choices": [{"message": {"content": [1]}}]}], "with no text")):  # fmt: skip
         server.answers[:] = answers
         with pytest.raises(OSError, match=message):
             generator.propose(2, None, Random(0))

@@ -124,5 +124,7 @@ def test_templates_that_do_not_mark_what_is_said(tiny, tmp_path):
         trained(model, tokenizer, data["train"], tmp_path, assistant_only_loss=False)
     with pytest.raises(ValueError, match="--constrained -1"):
         trained(model, tokenizer, data["train"], tmp_path, constrained=-1.0)
+    with pytest.raises(ValueError, match="give a loaded model"):
+        trained("some/model", tokenizer, data["train"], tmp_path, constrained=0.1)
     with pytest.raises(ValueError, match="give the tokenizer"):
         AgentSFTTrainer(model, AgentSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), data["train"])

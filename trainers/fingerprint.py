@@ -21,13 +21,29 @@ def model_fingerprint(model: nn.Module) -> str:
     return tensors_fingerprint(dict(model.named_parameters()))
 
 
+def checkpoint_fingerprint(model: nn.Module) -> str:
+    """As `model_fingerprint`, but of an adapted model with what its adapters hold: another adapter, another name."""
+    adapters = {name: value for name, value in model.named_parameters() if _of_adapter(name)}
+    base = model_fingerprint(model)
+    if not adapters:
+        return base
+    digest = hashlib.sha256(base.encode())
+    for name in sorted(adapters):
+        digest.update(sampled(name, adapters[name]))
+    return digest.hexdigest()[:16]
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part.startswith(("lofit_", "lora_", "ia3_", "beft_")) for part in name.split("."))
+
+
 def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """The fingerprint of the model with these parameters; a lazy mapping is read one tensor at a time."""
     digest = hashlib.sha256()
     names = {}
     for name in tensors:
         parts = name.split(".")
-        if not any(part.startswith(("lofit_", "lora_", "ia3_", "beft_")) for part in parts):
+        if not _of_adapter(name):
             # wrapped: base_model.model.model.layers.0...o_proj.base_layer.weight; bare: model.layers.0...o_proj.weight
             names[".".join(part for part in parts if part not in ("base_layer", "base_model", "model"))] = name
     for name in sorted(names):

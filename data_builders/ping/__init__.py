@@ -71,13 +71,28 @@ def build(args: PingDataArguments) -> DatasetDict:
     rows = _desk(args, rng) if args.dataset == "desk" else _public(args, rng)
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} rows are too few: one is needed to train on and one to hold out")
-    held = min(len(rows) - 1, max(1, round(args.dev * len(rows))))
+    train, dev = _parts(rows, args.dev)
     form = Features(
         {"id": Value("string"), "messages": List(Json()), "tools": List(Json()), "loss": List(Value("bool"))}
     )
     return DatasetDict(
-        {name: Dataset.from_list(part, features=form) for name, part in (("train", rows[held:]), ("dev", rows[:held]))}
+        {name: Dataset.from_list(part, features=form) for name, part in (("train", train), ("dev", dev))}
     )
+
+
+def _parts(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on and held-out ones, about `share` of all; rows that begin with the same request stay together."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        asked = next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
+        groups.setdefault(str(asked), []).append(row)
+    if len(groups) < 2:
+        raise ValueError(f"all {len(rows)} rows begin with the same request: nothing can be held out")
+    dev: list[dict[str, Any]] = []
+    order = list(groups.values())
+    while len(order) > 1 and len(dev) < max(1, round(share * len(rows))):
+        dev += order.pop(0)
+    return [row for group in order for row in group], dev
 
 
 def _desk(args: PingDataArguments, rng: Random) -> list[dict[str, Any]]:

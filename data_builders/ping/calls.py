@@ -12,8 +12,10 @@ from .desk import NAMES, TOOLS
 Form: TypeAlias = Literal["hermes", "json", "glm", "words"]
 FORMS: tuple[Form, ...] = ("hermes", "json", "glm", "words")
 TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
-NAMED = re.compile(r"^\s*([A-Za-z_]\w*)\s*\n\s*(\{.*)", re.DOTALL | re.MULTILINE)
-WORDED = re.compile(r"(?:^|\s)call (\w+)([^\n]*)")
+NAMED = re.compile(r"^[ \t]*([A-Za-z_]\w*)[ \t]*\n\s*(?=\{)", re.MULTILINE)
+WORDED = re.compile(rf"(?:^|(?<=\s))call ({'|'.join(NAMES)})\b([^\n]*)")
+BROKEN = re.compile(r'\{\s*"name"\s*:\s*"(\w+)"')
+DIGITS = 18  # of a whole number that fits into SQLite
 
 
 class Call(NamedTuple):
@@ -29,16 +31,14 @@ def parse_calls(text: str, form: Form) -> list[Call]:
     Args:
         form: "hermes", `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Qwen); "json", every JSON object
             with a `name` and `parameters` or `arguments`, wherever it stands (Llama 3.1); "glm", a name and on the
-            next line its arguments; "words", `call NAME value ; value` (the embedded world).
+            next line its arguments; "words", `call NAME value ; value` of the desk's tools (the embedded world).
     """
     if form == "hermes":
         return [_from_object(found) for found in TAGGED.findall(text)]
     if form == "json":
         return _objects(text)
     if form == "glm":
-        return [
-            Call(name, _arguments(rest)) for name, rest in NAMED.findall(text) if name in NAMES or rest.startswith("{")
-        ]
+        return [Call(name, arguments) for _, _, name, arguments in _named(text)]
     if form == "words":
         return [_worded(name, rest) for name, rest in WORDED.findall(text)]
     raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
@@ -54,7 +54,8 @@ def render_call(call: Call, form: Form) -> str:
     if form == "glm":
         return f"{call.name}\n{json.dumps(arguments)}"
     if form == "words":
-        return f"call {call.name} " + " ; ".join(map(str, arguments.values()))
+        order = list(TOOLS[NAMES.index(call.name)]["function"]["parameters"]["properties"])
+        return f"call {call.name} " + " ; ".join(str(arguments[key]) for key in order if key in arguments)
     raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
 
 
@@ -62,65 +63,88 @@ def strip_calls(text: str, form: Form) -> str:
     """A reply without its calls: what it says beside them."""
     if form == "hermes":
         return TAGGED.sub("", text)
-    if form == "glm":
-        return NAMED.sub("", text)
     if form == "words":
         return WORDED.sub("", text)
-    decoder, kept, place = json.JSONDecoder(), "", 0
-    while (start := text.find("{", place)) >= 0:
-        kept += text[place:start]
-        try:
-            _, place = decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            return kept if re.match(r'\{\s*"name"', text[start:]) else kept + text[start:]
+    if form == "glm":
+        spans = [(start, stop) for start, stop, _, _ in _named(text)]
+    else:
+        spans = [(start, stop) for start, stop, _ in _spans(text)]
+    kept, place = "", 0
+    for start, stop in spans:
+        kept, place = kept + text[place:start], stop
     return kept + text[place:]
+
+
+def _load(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends. ValueError for none, also for one of thousands of
+    levels or digits, and for text that cannot be written down (half of a surrogate pair)."""
+    try:
+        found, stop = json.JSONDecoder().raw_decode(text, start)
+        json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+    return found, stop
 
 
 def _from_object(text: str) -> Call:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        return Call("", text)
+        found, _ = _load(text)
+    except ValueError:
+        broken = BROKEN.search(text)
+        return Call(broken[1] if broken else "", text)
     if not isinstance(found, dict):
         return Call("", text)
     arguments = found.get("arguments", found.get("parameters", {}))
     return Call(str(found.get("name", "")), arguments if isinstance(arguments, Mapping) else json.dumps(arguments))
 
 
-def _objects(text: str) -> list[Call]:
-    """Every JSON object with a name. One that is begun and is none counts as a call with broken arguments."""
-    decoder, found, place = json.JSONDecoder(), [], 0
+def _spans(text: str) -> list[tuple[int, int, Call]]:
+    """Every JSON object with a name, where it stands and its call. One that is begun and is none counts as a call with
+    broken arguments, up to the end."""
+    found: list[tuple[int, int, Call]] = []
+    place = 0
     while (place := text.find("{", place)) >= 0:
         try:
-            one, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError:
-            broken = re.match(r'\{\s*"name"\s*:\s*"(\w+)"', text[place:])
-            if broken:
-                found.append(Call(broken[1], text[place:]))
-                break
+            one, stop = _load(text, place)
+        except ValueError:
+            if broken := BROKEN.match(text, place):
+                return [*found, (place, len(text), Call(broken[1], text[place:]))]
             place += 1
             continue
         if isinstance(one, dict) and isinstance(one.get("name"), str):
-            found.append(_from_object(json.dumps(one)))
+            found.append((place, stop, _from_object(text[place:stop])))
+        place = stop
     return found
 
 
-def _arguments(text: str) -> Mapping[str, Any] | str:
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
-        return text
-    return found if isinstance(found, dict) else text
+def _objects(text: str) -> list[Call]:
+    return [call for _, _, call in _spans(text)]
+
+
+def _named(text: str) -> list[tuple[int, int, str, Mapping[str, Any] | str]]:
+    """Every name with an object on the next line: from where to where, the name and its arguments."""
+    found: list[tuple[int, int, str, Mapping[str, Any] | str]] = []
+    place = 0
+    while match := NAMED.search(text, place):
+        try:
+            one, place = _load(text, match.end())
+        except ValueError:
+            return [*found, (match.start(), len(text), match[1], text[match.end() :])]
+        found.append((match.start(), place, match[1], one if isinstance(one, dict) else json.dumps(one)))
+    return found
 
 
 def _worded(name: str, rest: str) -> Call:
     values = [value.strip() for value in rest.split(" ; ")] if rest.strip() else []
-    if name not in NAMES:
-        return Call(name, {})
     properties = TOOLS[NAMES.index(name)]["function"]["parameters"]["properties"]
     arguments: dict[str, Any] = {}
     for number, value in enumerate(values):
         key = list(properties)[number] if number < len(properties) else f"argument {number + 1}"
-        whole = properties.get(key, {}).get("type") == "integer" and value.isdigit()
+        whole = (
+            properties.get(key, {}).get("type") == "integer"
+            and value.isascii()
+            and value.isdecimal()
+            and len(value) <= DIGITS
+        )
         arguments[key] = int(value) if whole else value
     return Call(name, arguments)

@@ -24,7 +24,7 @@ def agent_instruct(row: Mapping[str, Any]) -> Converted:
         role = _role(turn.get("from"), number)
         messages.append({"role": role, "content": _text(turn.get("value"), number)})
         if role == "assistant":
-            loss.append(turn.get("loss") is not False)
+            loss.append(turn.get("loss") is None or bool(turn.get("loss")))
     return {"messages": messages, "tools": [], "loss": loss}
 
 
@@ -55,6 +55,8 @@ def xlam(row: Mapping[str, Any]) -> Converted:
     """`query`, `tools` and `answers`, the latter two JSON texts or objects: one turn of calls."""
     tools = [_schema(one) for one in _json(row.get("tools"), "tools")]
     calls = [_call(one.get("name"), one.get("arguments")) for one in _json(row.get("answers"), "answers")]
+    if not calls:
+        raise ValueError("answers are empty: there is nothing to train on")
     messages = [{"role": "user", "content": _text(row.get("query"), 1)},
                 {"role": "assistant", "content": "", "tool_calls": calls}]  # fmt: skip
     return {"messages": messages, "tools": tools, "loss": [True]}
@@ -65,10 +67,20 @@ def as_it_is(row: Mapping[str, Any]) -> Converted:
     messages = [dict(turn) for turn in _turns(row, "messages")]
     for turn in messages:
         if turn.get("tool_calls"):
-            functions = [call.get("function", call) for call in turn["tool_calls"]]
+            given = turn["tool_calls"]
+            functions = [
+                call.get("function", call) if isinstance(call, Mapping) else call
+                for call in (given if isinstance(given, list) else [given])
+            ]
+            if not all(isinstance(one, Mapping) for one in functions):
+                raise ValueError(f"tool_calls must be a list of objects, got {str(given)[:80]}")
             turn["tool_calls"] = [_call(one.get("name"), one.get("arguments")) for one in functions]
     tools = [_schema(one) for one in _json(row.get("tools") or [], "tools")]
-    return {"messages": messages, "tools": tools, "loss": [True] * sum(m.get("role") == "assistant" for m in messages)}
+    said = sum(turn.get("role") == "assistant" for turn in messages)
+    loss = row.get("loss") or [True] * said
+    if not isinstance(loss, list) or len(loss) != said:
+        raise ValueError(f"loss must say of {said} turns of the assistant whether they are trained on, got {loss!r}")
+    return {"messages": messages, "tools": tools, "loss": [bool(one) for one in loss]}
 
 
 CONVERTERS: dict[str, Callable[[Mapping[str, Any]], Converted]] = {
@@ -89,10 +101,12 @@ def bracket_calls(text: str) -> list[dict[str, Any]] | None:
     names: list[str] = []
 
     def plain(found: re.Match[str]) -> str:
+        if found[1] is None:  # a text in quotes, whatever it holds
+            return found[0]
         names.append(found[2].strip())
         return f"{found[1]}f{len(names) - 1}("
 
-    code = re.sub(r"(^\[\s*|\)\s*,\s*)([^()\[\],'\"=]+)\(", plain, stripped)
+    code = re.sub(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|(^\[\s*|\)\s*,\s*)([^()\[\],'\"=]+)\(", plain, stripped)
     try:
         tree = ast.parse(code, mode="eval").body
         if not isinstance(tree, ast.List) or not tree.elts:
@@ -101,11 +115,26 @@ def bracket_calls(text: str) -> list[dict[str, Any]] | None:
         for one in tree.elts:
             if not isinstance(one, ast.Call) or not isinstance(one.func, ast.Name) or one.args:
                 return None
-            arguments = {str(key.arg): ast.literal_eval(key.value) for key in one.keywords}
+            if any(key.arg is None for key in one.keywords):  # **
+                return None
+            arguments = {str(key.arg): ast.literal_eval(_literals(key.value)) for key in one.keywords}
+            json.dumps(arguments)
             calls.append(_call(names[int(one.func.id[1:])], arguments))
-    except (SyntaxError, ValueError, IndexError):
+    except (SyntaxError, ValueError, IndexError, TypeError, MemoryError, RecursionError):
         return None
     return calls
+
+
+def _literals(tree: ast.expr) -> ast.expr:
+    """With JSON's true, false and null as Python's."""
+
+    class Words(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802
+            known = {"true": True, "false": False, "null": None}
+            return ast.Constant(known[node.id]) if node.id in known else node
+
+    found: ast.expr = Words().visit(tree)
+    return found
 
 
 def schemas(text: str) -> list[dict[str, Any]]:
@@ -122,16 +151,24 @@ def schemas(text: str) -> list[dict[str, Any]]:
 
 
 def _schema(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A function as chat templates take it; types `dict` and bare properties are put into JSON schema's form."""
+    """A function as chat templates take it; types `dict`, at any depth, and bare properties are put into JSON schema's
+    form."""
     if one.get("type") == "function" and isinstance(one.get("function"), Mapping):
         return {"type": "function", "function": dict(one["function"])}
+    if not isinstance(one.get("name"), str) or not isinstance(one.get("parameters") or {}, Mapping):
+        raise ValueError(f"a tool without a name, or whose parameters are no object: {str(dict(one))[:80]}")
     parameters = dict(one.get("parameters") or {})
     if "properties" not in parameters:
         parameters = {"type": "object", "properties": parameters}
-    if parameters.get("type") in (None, "dict"):
-        parameters["type"] = "object"
+    parameters.setdefault("type", "object")
     return {"type": "function", "function": {"name": one["name"], "description": one.get("description", ""),
-                                             "parameters": parameters}}  # fmt: skip
+                                             "parameters": _objects(parameters)}}  # fmt: skip
+
+
+def _objects(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: "object" if key == "type" and one == "dict" else _objects(one) for key, one in value.items()}
+    return [_objects(one) for one in value] if isinstance(value, list) else value
 
 
 def _call(name: Any, arguments: Any) -> dict[str, Any]:
@@ -155,7 +192,7 @@ def _turns(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _role(name: Any, number: int) -> str:
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise ValueError(f"turn {number}: the role is {name!r}; known: {', '.join(ROLES)}")
     return ROLES[name]
 

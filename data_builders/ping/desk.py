@@ -23,6 +23,7 @@ TABLES = {
     "ledger": ("sender", "recipient", "amount"),
 }
 LISTED = {"users": "users", "files": "files", "items": "items", "posts": "posts", "mails": "mails"}
+LONGEST, MOST = 4000, 10**9  # characters of a text, and the largest number that a tool takes
 WORDS = 24  # of a text that an observation shows
 
 
@@ -92,7 +93,7 @@ class Desk:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # broken, or numbers of thousands of digits, or thousands of levels
                 return "error: arguments are not JSON"
         if not isinstance(arguments, Mapping):
             return "error: arguments must be an object"
@@ -105,6 +106,10 @@ class Desk:
             wanted = parameters["properties"][key]["type"]
             if type(value) is not (int if wanted == "integer" else str):
                 return f"error: {key} must be of type {wanted}"
+            if isinstance(value, str) and (len(value) > LONGEST or value.encode(errors="ignore").decode() != value):
+                return f"error: {key} is longer than {LONGEST} characters, or no text"
+            if isinstance(value, int) and abs(value) > MOST:
+                return f"error: {key} is too large"
         tool: Callable[..., str] = getattr(self, f"_{name}")
         return tool(**arguments)
 
@@ -123,7 +128,10 @@ class Desk:
     def _list(self, kind: str) -> str:
         if kind not in LISTED:
             return f"error: no kind {kind!r}; there are {', '.join(LISTED)}"
-        names = [row[0] for row in self._base.execute(f"select distinct * from {LISTED[kind]} order by 1")]
+        names = [
+            row[0]
+            for row in self._base.execute(f"select distinct {TABLES[LISTED[kind]][0]} from {LISTED[kind]} order by 1")
+        ]
         return ", ".join(map(str, names)) or f"no {kind}"
 
     def _read(self, name: str) -> str:

@@ -63,10 +63,7 @@ def task_sets(lexicon: Lexicon, sizes: Mapping[str, int], seed: int = 0) -> dict
         part = {"train": "seen", "new_template": "seen"}.get(name, name if name in cut else "test")
         templates = {"new_template": HELD_OUT, "indirect": INDIRECT}.get(name, TRAINED)
         families = CONTEXTUAL if name == "contextual" else WORDED
-        places = range(max(len(cut[part].goods), len(cut[part].messages)))
-        made[name] = [
-            task for pair in pairs(cut[part], families, templates, places, count, name, rng) for task in pair
-        ]
+        made[name] = [task for pair in pairs(cut[part], families, templates, count, name, rng) for task in pair]
     return made
 
 

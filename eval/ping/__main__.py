@@ -95,7 +95,7 @@ def show(results: Mapping[str, Any]) -> None:
         sure = "" if one["p_value"] < 0.05 else ", not significant"
         print(
             f"{rate}: {100 * one['difference']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}], "
-            f"p = {one['p_value']:.2g} ({one['method']}){sure}"
+            f"p = {one['p_value']:.2g} ({one['method']}; McNemar task by task {one['mcnemar_p']:.2g}){sure}"
         )
     print(
         "SR, over_refusal: harmless tasks done, and refused. ASR, RR: harmful ones done, and refused. The rest failed."

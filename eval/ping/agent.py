@@ -12,7 +12,7 @@ from ...data_builders.ping.calls import Form
 from ...data_builders.ping.desk import TOOLS
 from ..choices import CausalLM
 from ..generation import generate
-from ..prompts import prompt_text
+from ..prompts import check_beginning, prompt_text
 from .episodes import Message, Reply
 from .shared import continuations
 
@@ -73,6 +73,8 @@ class ModelAgent:
         self.model, self.tokenizer, self.form, self.opening = model, tokenizer, form, opening
         self.tools, self.template = tools, dict(template or {})
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        tools_too = {"tools": list(tools)} if tools else {}
+        check_beginning(tokenizer, [{"role": "user", "content": "x"}], {**tools_too, **self.template})
 
     def behind(self, opening: Opening | None) -> ModelAgent:
         """The same agent with another prefix."""
@@ -102,6 +104,8 @@ class ModelAgent:
         """`[openings][conversations]`: the first reply under each of many prefixes. The work on conversations is done
         once for all of those that begin a reply; others change the conversation itself."""
         made: list[list[Reply]] = []
+        if not conversations:
+            return [[] for _ in openings]
         begins = [one for one in openings if one.applied(conversations[0]) == list(map(dict, conversations[0]))]
         heads = [self.prompt(messages, None)[0] for messages in conversations]
         mouths = {id(one): one.opening(conversations[0]) for one in begins}

@@ -79,7 +79,8 @@ def fit_probe(states: ArrayLike, harmful: ArrayLike, layer: int) -> Probe:
 @contextmanager
 def steered(model: CausalLM, layer: int, direction: ArrayLike, coefficient: float, rms: float) -> Iterator[None]:
     """Within the block `coefficient` times the unit `direction`, in units of `rms`, is added to what the layer leaves
-    behind at the last token of a prompt. Tokens that are written one by one are left alone."""
+    behind at the last token of a prompt. Tokens that are written one by one are left alone. For `replies` of an agent:
+    its `first_replies` reads a prompt in pieces, each of which has a last token."""
     unit = torch.tensor(np.asarray(direction) / np.linalg.norm(direction), dtype=torch.float32)
     push = coefficient * rms * unit
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model

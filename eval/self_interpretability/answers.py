@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import encode
-from ..prompts import Prompt, prompt_text
+from ..prompts import Prompt, check_beginning, prompt_text
 
 ANSWERS = ("A", "B")
 
@@ -51,14 +51,7 @@ def check_template(
             "the chat template puts something else in front of an answer in a whole conversation than where one is to "
             f"begin: ...{text[-60:]!r} against ...{whole[-60:]!r}. For models that think, give enable_thinking false"
         )
-    trained = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, **template)
-    measured = encode(tokenizer, [text])[0]
-    if list(trained["input_ids"]) != measured:
-        raise ValueError(
-            f"the tokenizer reads a text as {measured[:3]}..., but the chat template makes {trained['input_ids'][:3]}"
-            "... of it: a model would be trained on other tokens than it is measured on. Where the tokenizer adds a "
-            "token in front (BOS), its template must write that token too"
-        )
+    check_beginning(tokenizer, prompt, template)
 
 
 def check_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -151,9 +152,12 @@ class EndpointGenerator:
                  "temperature": TEMPERATURE, "max_tokens": NEW_TOKENS, "seed": rng.getrandbits(31)}  # fmt: skip
         answer = self._post("/chat/completions", asked)
         try:
-            return read(answer["choices"][0]["message"]["content"] or "")
+            content = answer["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError) as error:
             raise OSError(f"{self.url} answered without a message: {json.dumps(answer)[:200]}") from error
+        if not isinstance(content, str):
+            raise OSError(f"{self.url} answered with no text: {json.dumps(content)[:200]}")
+        return read(content)
 
     def _post(self, path: str, asked: Any) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -168,7 +172,7 @@ class EndpointGenerator:
                 reason = f"{self.url}{path}: {error.code} {error.read()[:200].decode(errors='replace')}"
                 if error.code < 500 and error.code != 429:  # asking again would not help
                     raise OSError(reason) from error
-            except (OSError, json.JSONDecodeError) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:  # a reply cut short, or no JSON in UTF-8
                 reason = f"{self.url}{path}: {error}"
             if number < self.retries:
                 time.sleep(self.wait * 2**number)

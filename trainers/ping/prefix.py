@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import write_json
-from ..fingerprint import model_fingerprint
+from ..fingerprint import checkpoint_fingerprint
 
 POSITIONS = ("prefix", "suffix", "system")
 Messages = Sequence[Mapping[str, Any]]
@@ -33,10 +33,10 @@ class Prefix:
         turns: "every" or the "first" reply of a conversation only.
         store: whether it stays in the conversation, as something the model really said.
         separator: what stands between it and the rest of the reply.
-        fingerprint: of the model that it was searched for (`trainers.fingerprint`); None: of none.
+        fingerprint: of the model, with its adapter, that it was searched for (`trainers.fingerprint`); None: of none.
 
     Raises:
-        ValueError: an unknown position or number of turns.
+        ValueError: an unknown position or number of turns, or a text that is none.
     """
 
     text: str
@@ -47,6 +47,8 @@ class Prefix:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not isinstance(self.separator, str) or not isinstance(self.store, bool):
+            raise ValueError(f"text and separator must be texts and store true or false, got {self!r}")
         if self.position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {self.position!r}")
         if self.turns not in ("every", "first"):
@@ -104,12 +106,12 @@ class Prefix:
         """Raises ValueError for a file that holds something else."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} holds no prefix: {error}") from error
 
     def of(self, model: torch.nn.Module) -> Prefix:
         """The same, for this model."""
-        return replace(self, fingerprint=model_fingerprint(model))
+        return replace(self, fingerprint=checkpoint_fingerprint(model))
 
 
 class PrefixGuard:
@@ -125,15 +127,18 @@ class PrefixGuard:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefix: Prefix) -> None:
         self.model, self.tokenizer, self.prefix = model, tokenizer, prefix
-        if prefix.fingerprint is not None and prefix.fingerprint != (found := model_fingerprint(model)):
+        if prefix.fingerprint is not None and prefix.fingerprint != (found := checkpoint_fingerprint(model)):
             raise ValueError(
                 f"the prefix was searched for the model {prefix.fingerprint}, and this one is {found}: search anew, "
                 "or clear its fingerprint to use it all the same"
             )
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = len(tokenizer(prefix.text, add_special_tokens=False)["input_ids"])
+        self._fits(prefix.text, "prefix")
+
+    def _fits(self, text: str, what: str) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if limit is not None and tokens >= limit:
-            raise ValueError(f"the prefix has {tokens} tokens and the model takes {limit}")
+            raise ValueError(f"the {what} has {tokens} tokens and the model takes {limit}")
 
     def generate(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
@@ -141,6 +146,7 @@ class PrefixGuard:
         """The next message of the assistant; `options` are those of `generate`. Its `content` is what belongs into the
         conversation, `continuation` what the model itself wrote: judge the latter alone."""
         text = self.prefix.prompt(self.tokenizer, messages, tools)
+        self._fits(text, "conversation with its prefix")
         batch = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self.model.device)
         with torch.no_grad():
             output = self.model.generate(**batch, **options)

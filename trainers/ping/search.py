@@ -114,7 +114,7 @@ class PrefixSearch:
         self.pool: list[Scored] = []
         self._proposed: dict[int, list[str]] = {}
         self._known: dict[str, Scored] = {}
-        names = [str(task.id) for task in (*benign, *harmful)]
+        names = [repr(task) for task in (*benign, *harmful)]  # what they ask for, not only what they are called
         settings = [agent.key, names, candidates, seeds, threshold, list(start), seed]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         if self.log and self.log.exists():
@@ -134,7 +134,7 @@ class PrefixSearch:
 
     @property
     def best(self) -> Scored:
-        return max(self.pool, key=lambda one: one.overall)
+        return max(self.pool, key=lambda one: round(one.overall, 9))  # sums of thirds are equal but for rounding
 
     def shown(self) -> Seeds | None:
         """What the generator is shown next."""
@@ -148,7 +148,9 @@ class PrefixSearch:
 
     def finalists(self, benign: Sequence[Any], harmful: Sequence[Any], count: int = 10) -> list[Scored]:
         """The best so far, scored again on fresh tasks, best first: the best of many tuning scores is flattered by
-        chance (spec 6.5)."""
+        chance (spec 6.5). ValueError without both kinds of tasks."""
+        if not benign or not harmful:
+            raise ValueError(f"{len(benign)} harmless and {len(harmful)} harmful tasks: finalists need both")
         ranked = sorted(self.pool, key=lambda one: -one.overall)[:count]
         texts = [one.text for one in ranked]
         found = [
@@ -162,7 +164,7 @@ class PrefixSearch:
 
     def _propose(self, number: int) -> list[str]:
         """The round's candidates: those of the log, or new ones, without what a round has twice."""
-        if number in self._proposed:
+        if number in self._proposed:  # of the log, or of an earlier call
             return self._proposed[number]
         rng, reason = Random(f"{self.seed} {number}"), "nothing usable was proposed"
         for _ in range(TRIES):
@@ -172,14 +174,19 @@ class PrefixSearch:
                 reason = str(error)
                 continue
             texts = [text.strip() for text in found]
-            kept = list(dict.fromkeys(text for text in texts if text and len(text) <= self.longest))[: self.candidates]
+            kept = list(dict.fromkeys(text for text in texts if self._usable(text)))[: self.candidates]
             if kept:
                 self._write({"round": number, "proposed": kept})
+                self._proposed[number] = kept
                 return kept
         where = f"; they are in {self.log}" if self.log else ""
         raise SearchError(
             f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
         )
+
+    def _usable(self, text: str) -> bool:
+        """Not empty, not too long, and text that can be written down (no half of a surrogate pair)."""
+        return 0 < len(text) <= self.longest and text.encode(errors="ignore").decode() == text
 
     def _score(self, texts: Sequence[str], number: int) -> None:
         new = [text for text in texts if text not in self._known]

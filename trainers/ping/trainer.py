@@ -73,8 +73,13 @@ class AgentSFTTrainer(FiniteTrainer, SFTTrainer):  # type: ignore[misc]
             args.assistant_only_loss = False  # TRL would ask for conversations
         else:
             train_dataset, eval_dataset = (_whole(rows) for rows in both)
+        if args.constrained > 0 and isinstance(model, PeftModel | str):
+            raise ValueError(
+                "--constrained holds on to the model that training begins with: give a loaded model, without an "
+                "adapter (merge one that is there, and give peft_config for a new one)"
+            )
         self.reference: Any = None
-        if args.constrained > 0 and kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
+        if args.constrained > 0 and kwargs.get("peft_config") is None:
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
@@ -101,6 +106,8 @@ class AgentSFTTrainer(FiniteTrainer, SFTTrainer):  # type: ignore[misc]
         weights = constraint_weights(outputs.log_probs, before, mask, self.args.constrained)
         count = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = -(weights * outputs.log_probs * mask).sum() / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is of all processes, whose losses are averaged
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["constraint_weight"].append(float((weights * mask).sum() / mask.sum().clamp(min=1)))
         return (loss, outputs) if return_outputs else loss
@@ -152,7 +159,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _partly(rows: Dataset | None) -> bool:
     """Whether some turn of the assistant is not trained on."""
-    return rows is not None and "loss" in rows.column_names and not all(all(kept) for kept in rows["loss"])
+    return rows is not None and "loss" in rows.column_names and not all(all(kept or ()) for kept in rows["loss"])
 
 
 def _whole(rows: Dataset | None) -> Dataset | None:
@@ -173,7 +180,7 @@ def _masked(
         )  # fmt: skip
         ids, mask = made["input_ids"][:longest], made["assistant_masks"]
         starts = [place for place, one in enumerate(mask) if one and not (place and mask[place - 1])]
-        kept = row.get("loss", [True] * len(starts))
+        kept = row.get("loss") or [True] * len(starts)
         if len(starts) != len(kept):
             raise ValueError(
                 f"row {row.get('id')}: {len(kept)} turns of the assistant, and the chat template marks {len(starts)}"
