@@ -81,7 +81,7 @@ def build(args: PingDataArguments) -> DatasetDict:
 
 
 def _parts(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on and held-out ones, about `share` of all; rows that begin with the same request stay together."""
+    """Rows to train on, and about `share` held out; rows that begin with the same request stay together."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         asked = next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
