@@ -50,8 +50,11 @@ def recipe(load_recipe):
 def few(tmp_path_factory):
     """Contexts of two attributes: 201 numbers of each are scored."""
     file = tmp_path_factory.mktemp("few") / "contexts.jsonl"
-    attributes = [{"name": name, "units": "", "range": [0, 9]} for name in ("w", "h")]
-    rows = [{"short_name": f"c{n}", "question": f"As {n}?", "attributes": attributes} for n in range(7)]
+    rows = [
+        {"short_name": f"c{n}", "question": f"As {n}?",
+         "attributes": [{"name": f"{name}{n}", "units": "", "range": [0, 9]} for name in "wh"]}
+        for n in range(7)
+    ]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["--scenarios", str(file)]
 

@@ -166,6 +166,18 @@ def test_a_failed_run_still_gets_its_report(tmp_path):
     assert run.finished
 
 
+def test_reports_that_are_all_alike_leave_no_nan(tmp_path):
+    made = arms(0)
+    for name in ("base", "instilled", "reported_0", "reported_1"):
+        for one in made[name]["contexts"].values():
+            one["reported"] = [5.0] * 5
+    details = Results({0: made}).more()["0"]
+    assert "partial r given the base model's reports" not in details and "gain" in details
+    with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:
+        write_report(run, {0: made}, {"name": "x"})
+    assert run.finished and run.results["metrics"]["after"]["pooled_r"]["value"] == 0.0
+
+
 def test_the_run_folder_is_filled_and_shown(tmp_path, capsys):
     made = {seed: arms(seed) for seed in range(3)}
     with RunFolder(tmp_path / "run", recipe="self_interpretability", arguments={}, toy=True) as run:

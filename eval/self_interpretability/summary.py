@@ -137,7 +137,8 @@ class Results:
         here["off-answer mass"] = float(np.mean([one["off_answer"] for one in chosen]))
         here["contexts that could not be fitted"] = sum("refused" in one for one in chosen)
         here["mass on numbers"] = float(np.mean([np.mean(one["mass"]) for one in instilled["contexts"].values()]))
-        return here
+        # What is not defined (reports or weights that are all alike) is left out.
+        return {key: value for key, value in here.items() if not isinstance(value, float) or np.isfinite(value)}
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
