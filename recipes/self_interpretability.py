@@ -144,7 +144,9 @@ class Pretrained:
         allowed = [one for one in (positions, self.settings.training.max_length) if one is not None]
         asked = [question.prompt for question in self.data.questions(1)]
         stage = self.settings.stage
-        for fold in stage.folds:  # more replay than there are choices, or rows that leak
+        for fold in {
+            arm.fold for arm in stage.planned() if arm.kind in ("reported", "all")
+        }:  # more replay than there are choices, or rows that leak
             self.data.report(fold, self.data.weights, self.data.weights, stage.replay)
         check_prompts(self.tokenizer, self.data.choices(1)[0].prompt, asked, self.template,
                       reply_tokens=NEW_TOKENS, longest=min(allowed, default=None))  # fmt: skip

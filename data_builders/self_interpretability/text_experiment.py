@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from . import PreferenceDataArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 class TextExperiment(Experiment):
@@ -45,6 +49,9 @@ class TextExperiment(Experiment):
                 f"{args.scenarios}: {len(given) - len(kept)} of {len(given)} contexts have the same person or the "
                 f"same attributes as another one, and could tell of it; {len(kept)} are left, {count} are needed"
             )
+        if len(kept) < len(given):
+            logger.info("%d of %d contexts left out: the person, question or attributes of another one",
+                        len(given) - len(kept), len(given))  # fmt: skip
         folds = [split_contexts(kept, seed, fold, args.instilled, args.native, args.never) for fold in (0, 1)]
         everyone = (*folds[0].instilled, *folds[0].native, *folds[0].never)
         weights = {
