@@ -52,8 +52,8 @@ COMMON = {
     "lr_scheduler_kwargs": {"min_lr_rate": 0.05}, "save_strategy": "no", "logging_steps": 50,
     "report_learning_rate": 4e-3, "report_warmup_steps": 20, "eval_batch_size": 512}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
-    (True, "default"): COMMON | {"seeds": [0, 1, 2], "instilled": 80, "native": 20, "never": 16, "max_steps": 290,
-        "warmup_steps": 40, "report_max_steps": 110, "reinstil_max_steps": 200},
+    (True, "default"): COMMON | {"seeds": [0, 1, 2], "instilled": 80, "native": 20, "never": 16, "arm_trials": 50,
+        "max_steps": 290, "warmup_steps": 40, "report_max_steps": 110, "reinstil_max_steps": 200},
     (True, "smoke"): COMMON | {
         "seeds": [0], "known": 24, "native": 4, "instilled": 24, "never": 4, "trials": 50, "base_steps": 400,
         "max_steps": 110, "warmup_steps": 20, "report_max_steps": 60, "report_warmup_steps": 10, "levels": ["L1"],
@@ -172,7 +172,7 @@ class Arms:
         if arm.kind == "base":
             return Fit(self.side(arm).model(), [], 0.0, 0)
         start, fold = self.fit(arm.start).model, arm.fold
-        steps = stage.reinstil_max_steps if arm.kind == "reinstil" and stage.reinstil_max_steps > 0 else -1
+        steps = stage.reinstil_max_steps if arm.kind in ("other", "reinstil") else -1
         first = replace(self.settings.training, part=arm.part, **({"max_steps": steps} if steps > 0 else {}))
         if arm.kind == "instilled":
             return self.stage(arm, start, first, data.instil(data.instilled, data.weights))
@@ -210,7 +210,8 @@ class Arms:
         data, roles = side.data, side.data.roles(arm.fold or 0)
         decided = {"all": INSTILLED, "other": INSTILLED, "reinstil": TEST, "instilled": (*INSTILLED, "native"),
                    "reported": TEST if arm.level == self.first else ()}.get(arm.kind, ())  # fmt: skip
-        chosen = [one for one in data.choices(self.settings.stage.trials) if roles[one.context] in decided]
+        trials = self.settings.stage.trials if key == "instilled" else self.settings.stage.arm_trials
+        chosen = [one for one in data.choices(trials) if roles[one.context] in decided]
         weights = data.others if arm.kind in ("other", "reinstil") else data.weights  # what the choices should follow
         found = measure(
             made.model, side.tokenizer, chosen,

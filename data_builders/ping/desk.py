@@ -136,7 +136,9 @@ class Desk:
 
     def _read(self, name: str) -> str:
         found = self._one("select owner, text from files where name = ?", name)
-        return f"owner {found[0]}: {_short(found[1])}" if found else f"error: no file {name!r}"
+        if not found:
+            return f"error: no file {name!r}"
+        return f"owner {'you' if found[0] == self.user else found[0]}: {_short(found[1])}"
 
     def _write(self, name: str, text: str) -> str:
         found = self._one("select owner from files where name = ?", name)
@@ -162,7 +164,7 @@ class Desk:
             r"select name, owner from files where name like ?1 escape '\' or text like ?1 escape '\' order by 1",
             (pattern,),
         )
-        found += [f"file {name} of {owner}" for name, owner in files]
+        found += [f"file {name} of {'you' if owner == self.user else owner}" for name, owner in files]
         return "; ".join(found[:4]) or "nothing found"
 
     def _send_mail(self, to: str, text: str) -> str:

@@ -95,8 +95,9 @@ class WorldExperiment(Experiment):
         return world_choices(self.world, asked, each, Random(f"trials {self.seed}"))
 
     def questions(self, each: int) -> list[Question]:
-        """One for each attribute of every agent; its words are always the same, so that asking once is enough."""
-        return world_questions((*self.world.known, *self.world.native, *self.instilled, *self.world.never))
+        """One for each attribute of all agents but those that the base model was made with; its words are always the
+        same, so that asking once is enough."""
+        return world_questions((*self.world.native, *self.instilled, *self.world.never))
 
     def _stream(self, *parts: Part) -> WorldStream:
         return WorldStream(self.world, parts, self.seed, self._token, [self.tokenizer.bos_token_id])

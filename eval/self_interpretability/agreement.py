@@ -70,14 +70,14 @@ STATISTICS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def agreement(reported: Weights, learned: Weights, seed: int = 0) -> dict[str, Estimate]:
-    """All of `STATISTICS`; contexts are drawn anew, 2,000 times, for intervals.
+def agreement(reported: Weights, learned: Weights, seed: int = 0, draws: int = DRAWS) -> dict[str, Estimate]:
+    """All of `STATISTICS`; contexts are drawn anew, `draws` times, for intervals (0: without).
 
     Raises:
         ValueError: shapes that differ, fewer than two contexts or attributes, numbers that are not finite.
     """
     one, other = _checked(reported, learned)
-    drawn = np.random.default_rng(seed).integers(0, len(one), (DRAWS, len(one)))
+    drawn = np.random.default_rng(seed).integers(0, len(one), (draws, len(one)))
     found: dict[str, Estimate] = {}
     for name, statistic in STATISTICS.items():
         found[name] = _estimate(float(statistic(one, other)), statistic(one[drawn], other[drawn]), len(one))
@@ -162,7 +162,7 @@ def _checked(reported: Weights, learned: Weights) -> tuple[Array, Array]:
 
 
 def _flat(values: Array) -> Array:
-    return values.reshape(*values.shape[:-2], -1)
+    return values.reshape(*values.shape[:-2], values.shape[-2] * values.shape[-1])
 
 
 def _centred(values: Array) -> Array:

@@ -47,12 +47,16 @@ class Results:
         self.rows: dict[str, dict[int, Row]] = {
             name: {seed: rows[name] for seed, rows in found.items() if name in rows} for name in dict.fromkeys(order)
         }
-        self._estimates: dict[str, dict[int, dict[str, Estimate]]] = {}  # a bootstrap each: they take a second
+        self._estimates: dict[str, dict[int, dict[str, Estimate]]] = {}
 
     def estimates(self, name: str) -> dict[int, dict[str, Estimate]]:
-        """Seed -> all statistics of a row, with intervals over contexts."""
+        """Seed -> all statistics of a row; of a single seed with intervals over contexts (each bootstrap takes 0.1
+        s)."""
         if name not in self._estimates:
-            self._estimates[name] = {seed: agreement(row.found, row.true) for seed, row in self.rows[name].items()}
+            draws = {"draws": 0} if len(self.rows[name]) > 1 else {}
+            self._estimates[name] = {
+                seed: agreement(row.found, row.true, **draws) for seed, row in self.rows[name].items()
+            }
         return self._estimates[name]
 
     def metric(self, name: str, statistic: str = "pooled_r") -> Metric:

@@ -73,7 +73,9 @@ class StageArguments:
     report_warmup_steps: int = field(default=0, metadata={"help": "Warm-up of report training."})
     report_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of report training."})
     report_per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size of report training."})
-    reinstil_max_steps: int = field(default=-1, metadata={"help": "Steps of instilling anew (default: as before)."})
+    reinstil_max_steps: int = field(
+        default=-1, metadata={"help": "Steps of instilling other weights, as two controls do (default: as many)."}
+    )
     gate: float = field(
         default=0.8,
         metadata={
@@ -87,6 +89,9 @@ class StageArguments:
     )
     trials: int = field(
         default=100, metadata={"help": "Fresh choices of each context, in both orders, for its weights."}
+    )
+    arm_trials: int = field(
+        default=-1, metadata={"help": "The same of the arms beside the first instilled one (default: as many)."}
     )
     asked: int = field(default=10, metadata={"help": "Reports asked of each context, about fresh trials."})
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -107,8 +112,11 @@ class StageArguments:
                 raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: no JSON ({error})") from error
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: a JSON object")
-        if self.trials < 12:
-            raise ValueError(f"--trials {self.trials}: at least 12, to fit weights and an intercept to each half")
+        self.arm_trials = self.trials if self.arm_trials == -1 else self.arm_trials
+        for name in ("trials", "arm_trials"):
+            if getattr(self, name) < 12:
+                given = f"--{name} {getattr(self, name)}"
+                raise ValueError(f"{given}: at least 12, to fit weights and an intercept to each half")
         if self.asked < 1:
             raise ValueError(f"--asked {self.asked}: at least 1")
         if not 0 <= self.replay < 1:
