@@ -45,7 +45,10 @@ def careful() -> list[str]:
 
 def stances(seed: int, count: int = 400) -> dict[str, list[str]]:
     """Sentences of every kind; `count` careful ones, as many of each frame as there are."""
-    return {"careful": Random(f"stances {seed}").sample(careful(), count), **{name: list(found) for name, found in OTHERS.items()}}
+    return {
+        "careful": Random(f"stances {seed}").sample(careful(), count),
+        **{name: list(found) for name, found in OTHERS.items()},
+    }
 
 
 def closeness(text: str, sentences: Sequence[str]) -> float:
