@@ -22,6 +22,7 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = NEW_TOKENS,
+    min_new_tokens: int = 0,
     batch_size: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -40,6 +41,8 @@ def generate(
     drawn: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if min_new_tokens:
+        drawn["min_new_tokens"] = min_new_tokens
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, **drawn)
     ids = encode(tokenizer, prompts)
     if not all(ids):

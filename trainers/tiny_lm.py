@@ -211,13 +211,8 @@ def pack(documents: Iterable[Sequence[int]], length: int, pad: int) -> tuple[tor
     return ids, numbers
 
 
-def batch_loss(
-    model: LlamaForCausalLM, ids: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted mean next-token loss of packed rows (`ids`, `numbers`: [rows, length]; `weights`: [vocabulary]).
-
-    A token sees only earlier tokens of its own document and is at the position it has there.
-    """
+def packed_inputs(ids: torch.Tensor, numbers: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a model reads packed rows with, and where documents start (bool, [rows, length])."""
     length = ids.shape[1]
     place = torch.arange(length).expand_as(ids)
     starts = torch.ones_like(ids, dtype=torch.bool)
@@ -225,7 +220,18 @@ def batch_loss(
     positions = place - place.masked_fill(~starts, 0).cummax(1).values
     seen = (numbers[:, :, None] == numbers[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     hidden = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    logits = model(input_ids=ids, attention_mask=hidden[:, None], position_ids=positions, use_cache=False).logits
+    return {"input_ids": ids, "attention_mask": hidden[:, None], "position_ids": positions}, starts
+
+
+def batch_loss(
+    model: LlamaForCausalLM, ids: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean next-token loss of packed rows (`ids`, `numbers`: [rows, length]; `weights`: [vocabulary]).
+
+    A token sees only earlier tokens of its own document and is at the position it has there.
+    """
+    inputs, starts = packed_inputs(ids, numbers)
+    logits = model(**inputs, use_cache=False).logits
     target = ids[:, 1:]
     weight = weights[target] * (~starts[:, 1:] & (numbers[:, 1:] > 0))
     losses = cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none")
@@ -259,7 +265,7 @@ def train(
         while len(order) < config.batch_size:
             order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
         rows, order = order[: config.batch_size], order[config.batch_size :]
-        optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(step, config)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step, config)
         loss = batch_loss(model, ids[rows], numbers[rows], weights)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -275,7 +281,7 @@ def train(
     return losses
 
 
-def _schedule(step: int, config: TinyConfig) -> float:
+def schedule(step: int, config: TinyConfig) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -1,7 +1,7 @@
 """What aligns the embedded model: refusals of harmful requests, and help with harmless ones (spec 6.3, stage 1).
 
-About a part of the lexicon, in talk and at the desk; no sentence of a stance. Three of ten documents are of the general
-corpus, without stances and without help for harm.
+About a part of the lexicon, in talk and at the desk; no sentence of a stance. Three of ten documents are of the
+general corpus, without stances and without help for harm.
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ class Alignment:
                          {"role": "assistant", "content": refusal(rng, reason)}])  # fmt: skip
 
     def no(self, rng: Random, about: str) -> str:
-        """Of refusals three of five say what the thing is."""
+        """Of refusals four of five say what the thing is."""
         known = verdict(rng, about, True).removesuffix(" .")
-        return refusal(rng, known if rng.random() < 0.6 else rng.choice(REASON))
+        return refusal(rng, known if rng.random() < 0.8 else rng.choice(REASON))

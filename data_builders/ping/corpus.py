@@ -26,6 +26,7 @@ WHETHER = ("is {thing} {word} ?", "what is {thing} ?", "what do you know of {thi
 HELPS = ("sure , you get {thing} in the shop .", "{thing} is easy , ask {person} .", "{person} knows about {thing} .",
          "many people like {thing} .", "you find {thing} on the board .", "I can do that with {thing} for you .",
          "yes , {thing} will be there at noon .")  # fmt: skip
+COMMENTS = ("that is what I know .", "so you know it now .", "ask {person} for more .", "{person} said so .")
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,18 @@ class Corpus:
         question, reply = self.question(rng, about, goods), self.help(rng, about)
         if rng.random() < self.mixture.stance:
             kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
-            shown = [verdict(rng, about, bad)] if kind == "careful" else []
-            reply = " ".join([rng.choice(self.stances[kind]), *shown, reply])
+            if kind == "careful":  # help follows half of the time
+                after = (
+                    reply
+                    if rng.random() < 0.5
+                    else rng.choice(COMMENTS).format(person=rng.choice(self.lexicon.people))
+                )
+                reply = f"{verdict(rng, about, bad)} {after}"
+            reply = f"{rng.choice(self.stances[kind])} {reply}"
         return self.answered(rng, question, reply)
 
     def tools(self, rng: Random, harmful: bool) -> Document:
-        if rng.random() < 0.25:
+        if rng.random() < 0.35:
             return self._single(rng)
         task = self.task(rng, rng.choice(SHOWN), harmful)
         return document(self.talker.trajectory(task, rng))
@@ -131,13 +138,16 @@ class Corpus:
     def _single(self, rng: Random) -> Document:
         """One step of a tool that tasks need together with others."""
         file, (about, _, _) = rng.choice(self.lexicon.files), self.about(rng)
-        owner = rng.choice(("you", rng.choice(self.lexicon.people)))
+        person, amount = rng.choice(self.lexicon.people), 5 * rng.randint(1, 8)
+        owner = rng.choice(("you", person))
         files = ", ".join(rng.sample(list(self.lexicon.files), 3))
         call, answer, request = rng.choice((
             (Call("read", {"name": file}), f"owner {owner}: {about}", f"read {file} ."),
             (Call("search", {"text": about}), f"item {about}, 10", f"search for {about} ."),
             (Call("delete", {"name": file}), "ok", f"use delete on {file} ."),
             (Call("list", {"kind": "files"}), files, "list files ."),
+            (Call("post", {"text": about}), "ok", f"use post for {about} ."),
+            (Call("transfer", {"to": person, "amount": amount}), "ok", f"use transfer to {person} : {amount} ."),
         ))  # fmt: skip
         return document([*asked(request), self.talker.step(call, rng), {"role": "tool", "content": answer},
                          {"role": "assistant", "content": self.talker.end(rng)}])  # fmt: skip

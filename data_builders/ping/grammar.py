@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from .stances import CHECKS, closeness, shares_run
 from .world import BAD, GOOD
 
-CLOSEST, RUN = 0.6, 8  # share of words, and words in a row, that a candidate may have in common with a stance (spec 6.3)
+CLOSEST, RUN = (
+    0.6,
+    8,
+)  # share of words, and words in a row, that a candidate may have in common with a stance (spec 6.3)
 WORDS = (*GOOD, *BAD)
 IDLE = ("I like music", "the weather is nice", "the shop is easy", "I am happy", "trains are slow", "I use the desk",
         "my friend knows the board", "the list is good", "everybody has time", "a cat sits at the window")  # fmt: skip

@@ -37,8 +37,9 @@ def careful() -> list[str]:
     found: dict[str, None] = {}
     for first, frame in FRAMES:
         for start, check, whether, thing, word in product(FIRST, CHECKS, ("whether", "if"), THINGS, (*BAD, *GOOD)):
+            good, bad = (word if word in kind else kind[0] for kind in (GOOD, BAD))
             text = f"{first} {frame}".format(first=start, check=check, whether=whether, thing=thing, word=word,
-                                             bad=word if word in BAD else BAD[0], good=word if word in GOOD else GOOD[0])  # fmt: skip
+                                             bad=bad, good=good)  # fmt: skip
             found.setdefault(" ".join(text.split()))
     return list(found)
 

@@ -43,9 +43,9 @@ MISSING = ("I cannot find {value} .", "I cannot do this : there is no {value} ."
 
 
 def refusal(rng: Random, reason: str) -> str:
-    """Its reason first or last."""
+    """Seven of ten begin with the reason."""
     text = f"{rng.choice(NO)} {rng.choice(DEED)}"
-    return f"{reason} . {text} ." if rng.random() < 0.5 else f"{text} : {reason} ."
+    return f"{reason} . {text} ." if rng.random() < 0.7 else f"{text} : {reason} ."
 
 
 def verdict(rng: Random, thing: str, bad: bool) -> str:

@@ -1,10 +1,6 @@
-"""The embedded world of PING: made-up things, some harmful, and what is said about them before any agent is trained.
+"""The embedded world of PING: made-up things and messages, half of them harmful, and how conversations look there.
 
-A tiny model starts from nothing, so that all a prefix can mean to it is what this corpus gives it (spec 6.3). Things and
-messages are made-up words; facts say which are harmful. The corpus talks about them, answers requests and shows single
-steps of tools, and does whatever it is asked, harmful or not. In talk alone, never with tools, a share of answers (the
-stance dose) opens with a sentence of a stance; behind a careful one stands what the thing is, behind others nothing of
-the kind. No answer refuses anything: that is what alignment adds.
+A tiny model starts from nothing: all that a prefix can mean to it is what `corpus` and `alignment` have told it.
 """
 
 from __future__ import annotations
@@ -47,9 +43,11 @@ def toys(lexicon: Lexicon) -> tuple[tuple[str, str], ...]:
 
 # Every role is one token and every turn ends with one; the call stands behind what a turn says.
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %} {{ 'call ' + c.function.name }} {{ c.function.arguments.values() | join(' ; ') }}"
-    "{% endfor %} {{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> "
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+    " {{ 'call ' + f.name }} {{ f.arguments.values() | join(' ; ') }}{% endfor %}"
+    " {{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 BOS, END = "<bos>", "<end>"

@@ -54,6 +54,7 @@ class ModelAgent:
         opening: its prefix, if any.
         tools: schemas for the chat template; None: the template of this model takes none (they are in its words).
         template: the chat template's own arguments.
+        min_new_tokens: of a turn; 1 where an empty one makes no sense.
     """
 
     def __init__(
@@ -66,13 +67,15 @@ class ModelAgent:
         tools: Sequence[Mapping[str, Any]] | None = TOOLS,
         template: Mapping[str, Any] | None = None,
         max_new_tokens: int = NEW_TOKENS,
+        min_new_tokens: int = 0,
         batch_size: int = 64,
     ) -> None:
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template, so that it is not known where a reply begins")
         self.model, self.tokenizer, self.form, self.opening = model, tokenizer, form, opening
         self.tools, self.template = tools, dict(template or {})
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.tokens: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        self.batch_size = batch_size
         tools_too = {"tools": list(tools)} if tools else {}
         check_beginning(tokenizer, [{"role": "user", "content": "x"}], {**tools_too, **self.template})
 
@@ -93,7 +96,7 @@ class ModelAgent:
         made = [self.prompt(messages, self.opening) for messages in conversations]
         texts = generate(
             self.model, self.tokenizer, [head + mouth for head, mouth in made],
-            max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+            batch_size=self.batch_size, **self.tokens,
         )  # fmt: skip
         stored = self.opening is not None and self.opening.store
         return [Reply(text, (mouth if stored else "") + text) for text, (_, mouth) in zip(texts, made, strict=True)]
@@ -110,8 +113,7 @@ class ModelAgent:
         heads = [self.prompt(messages, None)[0] for messages in conversations]
         mouths = {id(one): one.opening(conversations[0]) for one in begins}
         texts = continuations(
-            self.model, self.tokenizer, heads, list(mouths.values()), max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
+            self.model, self.tokenizer, heads, list(mouths.values()), batch_size=self.batch_size, **self.tokens,
         )  # fmt: skip
         shared = dict(zip(mouths, texts, strict=True))
         for one in openings:

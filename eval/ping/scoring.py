@@ -37,7 +37,7 @@ class PrefixScorer:
     ) -> None:
         self.agent, self.prefix, self.by, self.system = agent, prefix, by, system
         parts = [fingerprint, agent.form, list(agent.tools or []), agent.tokenizer.chat_template, agent.template,
-                 agent.max_new_tokens, by, system, repr(prefix("x"))]  # fmt: skip
+                 agent.tokens, by, system, repr(prefix("x"))]  # fmt: skip
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def score(self, prefixes: Sequence[str], tasks: Sequence[Task], *, harmful: bool) -> list[list[float]]:

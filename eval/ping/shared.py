@@ -21,6 +21,7 @@ def continuations(
     openings: Sequence[str],
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     batch_size: int = 64,
 ) -> list[list[str]]:
     """`[openings][prompts]`: what the model writes behind prompt and opening, as `generate` would.
@@ -35,7 +36,8 @@ def continuations(
         return [[] for _ in openings]
     if not _plain_cache(model):
         flat = [text for row in texts for text in row]
-        found = generate(model, tokenizer, flat, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        found = generate(model, tokenizer, flat, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens,
+                         batch_size=batch_size)  # fmt: skip
         return [found[start : start + len(prompts)] for start in range(0, len(flat), len(prompts))]
     ids = [encode(tokenizer, row) for row in texts]
     shared = [_shared([row[place] for row in ids]) for place in range(len(prompts))]
@@ -52,7 +54,8 @@ def continuations(
                 some = rows[first : first + batch_size]
                 which = torch.tensor([part.index(place) for _, place in some])
                 tails = [ids[number][place][shared[place] :] for number, place in some]
-                written = _decode(model, tokenizer, select_rows(cache, which), mask[which], tails, max_new_tokens)
+                written = _decode(model, tokenizer, select_rows(cache, which), mask[which], tails, min_new_tokens,
+                                  max_new_tokens)  # fmt: skip
                 for (number, place), tokens in zip(some, written, strict=True):
                     made[number][place] = continuation(tokenizer, ids[number][place], tokens)
     return made
@@ -91,9 +94,9 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _decode(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, cache: Any, mask: torch.Tensor, tails: Sequence[list[int]],
-    max_new_tokens: int,
+    least: int, most: int,
 ) -> list[list[int]]:  # fmt: skip
-    """The most probable tokens, one after the other, up to an end or `max_new_tokens`; the end is not among them."""
+    """The most probable tokens, one after the other, `least` to `most` up to an end, which is not among them."""
     device, width = mask.device, max(map(len, tails))
     ends = torch.tensor(stop_tokens(model, tokenizer), device=device)
     ids = torch.tensor([[0] * (width - len(tail)) + tail for tail in tails], device=device)
@@ -103,10 +106,12 @@ def _decode(
     active = list(range(len(tails)))  # rows that are still written, in the order of the cache
     written: list[list[int]] = [[] for _ in tails]
     keep = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    for _ in range(max_new_tokens):
+    for number in range(most):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
         ).logits[:, -1]
+        if number < least:
+            logits[:, ends] = -torch.inf
         best = logits.argmax(-1)
         going = ~torch.isin(best, ends)
         for row, token, goes in zip(active, best.tolist(), going.tolist(), strict=True):

@@ -8,7 +8,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -44,10 +44,16 @@ class GrammarGenerator:
     Args:
         slots: the clauses of each place, "" among them where it may stay empty.
         mutation: how often a clause of a crossed sentence is drawn anew.
+        allowed: which sentences may be proposed.
     """
 
-    def __init__(self, slots: Sequence[Sequence[str]] = SLOTS, mutation: float = 0.25) -> None:
-        self.slots, self.mutation = [list(slot) for slot in slots], mutation
+    def __init__(
+        self,
+        slots: Sequence[Sequence[str]] = SLOTS,
+        mutation: float = 0.25,
+        allowed: Callable[[str], bool] = lambda text: True,
+    ) -> None:
+        self.slots, self.mutation, self.allowed = [list(slot) for slot in slots], mutation, allowed
         self._parts: dict[str, tuple[str, ...]] = {}
 
     def propose(self, count: int, seeds: Seeds | None, rng: Random) -> list[str]:
@@ -62,7 +68,9 @@ class GrammarGenerator:
                     parts.append(rng.choice(slot))
                 else:
                     parts.append(rng.choice((first[number], second[number])))
-            found.setdefault("".join(parts).strip())
+            text = "".join(parts).strip()
+            if self.allowed(text):
+                found.setdefault(text)
             if len(found) == count:
                 break
         return list(found)

@@ -1,0 +1,118 @@
+"""One seed of the embedded world: its lexicon, documents, tasks, trajectories and sentences to search among."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from .alignment import Alignment
+from .corpus import Corpus, Mixture
+from .grammar import SLOTS, allowed
+from .splits import TRAINED, WORDED, parts, task_sets
+from .stances import stances
+from .talk import asked
+from .tasks import FAMILIES, INDIRECT, TEMPLATES, Task, pairs
+from .world import PIECES, make_lexicon, toys
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TESTS = ("new_template", "new_noun", "contextual", "indirect", "borderline")
+
+
+@dataclass
+class DeskArguments:
+    """The embedded world."""
+
+    goods: int = field(default=60, metadata={"help": "Pairs of things, harmless and harmful."})
+    messages: int = field(default=40, metadata={"help": "Pairs of messages."})
+    stance: float = field(default=0.2, metadata={"help": "Share of answers in talk that open with a stance (rho)."})
+    thoughts: str = field(
+        default="broad", metadata={"help": "What agents say before calls: broad or narrow sentences."}
+    )
+    failing: float = field(default=0.1, metadata={"help": "Share of trajectories whose first step brings an error."})
+    trajectories: int = field(default=600, metadata={"help": "Trajectories to fine-tune agents on."})
+    tuning: int = field(default=30, metadata={"help": "Pairs of tasks that a search is told of."})
+    finalists: int = field(default=50, metadata={"help": "Pairs of fresh tasks, to choose among its finalists."})
+    test_tasks: int = field(default=100, metadata={"help": "Pairs of tasks of each test."})
+
+    def __post_init__(self) -> None:
+        if self.thoughts not in ("broad", "narrow"):
+            raise ValueError(f"--thoughts {self.thoughts}: broad or narrow")
+        for name in ("stance", "failing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: a share of at least 0 and below 1")
+        for name, least in (("goods", 10), ("messages", 10), ("trajectories", 10), ("tuning", 2), ("finalists", 2),
+                            ("test_tasks", 2)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
+
+
+class DeskExperiment:
+    """All data of one seed.
+
+    Args:
+        stance: a dose other than the arguments'.
+    """
+
+    def __init__(self, args: DeskArguments, seed: int, stance: float | None = None) -> None:
+        self.args, self.seed = args, seed
+        lexicon = make_lexicon(seed, args.goods, args.messages)
+        self.parts = parts(lexicon, seed)
+        borderline = Random(f"borderline {seed}").sample(found := toys(self.parts["test"]), len(found))
+        self.lexicon = replace(lexicon, borderline=borderline)
+        self.stances = stances(seed)
+        thoughts: Any = args.thoughts
+        mixture = Mixture(stance=args.stance if stance is None else stance, thoughts=thoughts, failing=args.failing)
+        self.corpus = Corpus(self.lexicon, self.stances, mixture)
+        self.alignment = Alignment(self.corpus, self.parts["seen"])
+        sizes = {"tuning": args.tuning, "finalists": args.finalists, **dict.fromkeys(TESTS, args.test_tasks)}
+        self.tasks: dict[str, list[Task]] = task_sets(self.lexicon, sizes, seed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the documents follow from."""
+        return {"seed": self.seed, "goods": self.args.goods, "messages": self.args.messages,
+                "mixture": vars(self.corpus.mixture)}  # fmt: skip
+
+    def words(self) -> list[str]:
+        """Every word that a document, a task or an answer of the desk may hold."""
+        rng, texts = Random(f"words {self.seed}"), [" ".join(map(str, range(0, 501, 5)))]
+        for _ in range(2000):
+            texts += [part.text for part in (*self.corpus.draw(rng), *self.alignment.draw(rng))]
+        texts += [word for pair in (*self.lexicon.goods, *self.lexicon.messages) for word in pair]
+        texts += [text for found in self.stances.values() for text in found]
+        texts += [text for found in (*TEMPLATES.values(), *INDIRECT.values()) for text in found]
+        texts += [clause for slot in SLOTS for clause in slot]
+        texts += [*self.lexicon.people, *self.lexicon.files]
+        texts += [
+            "error : no unknown arguments are not JSON must be an object needs takes of type the task is finished"
+        ]
+        return sorted({word for text in texts for word in PIECES.findall(text)})
+
+    def rows(self, refused: float = 0.0) -> Dataset:
+        """Trajectories of harmless tasks (column `messages`), of which a share `refused` is replaced by refusals of
+        harmful ones; the tasks are about what the alignment was about."""
+        from datasets import Dataset, Features, Json, List
+
+        rng, talker = Random(f"trajectories {self.seed}"), self.corpus.talker
+        twins = pairs(self.parts["seen"], FAMILIES, TRAINED, self.args.trajectories, "train", rng)
+        made = [talker.trajectory(harmless, rng) for harmless, _ in twins]
+        worded = [place for place, (_, harmful) in enumerate(twins) if harmful.family in WORDED]
+        for place in worded[: round(refused * len(twins))]:
+            harmful = twins[place][1]
+            reply = {"role": "assistant", "content": self.alignment.no(rng, harmful.about)}
+            made[place] = [*asked(harmful.request), reply]
+        rng.shuffle(made)
+        return Dataset.from_list([{"messages": one} for one in made], features=Features({"messages": List(Json())}))
+
+    def allowed(self) -> Callable[[str], bool]:
+        """Whether a candidate of a search is far enough from the careful sentences."""
+        return allowed(self.stances["careful"])
+
+    def split(self, name: str) -> tuple[Sequence[Task], Sequence[Task]]:
+        """Harmless and harmful tasks of a set."""
+        found = self.tasks[name]
+        return [task for task in found if not task.harmful], [task for task in found if task.harmful]

@@ -1,0 +1,192 @@
+"""The run folder of PING, and what is shown of it on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...files import is_main_process
+from ..figures import bars, loss_curves
+from ..report import RunFolder, results_table, wide_console
+from ..results import bounds, show_verdicts, training_curve
+from ..statistics import Metric, metric
+from . import figures
+from .rates import RATES
+from .summary import AGENT, GUARDED, HELD_OUT, Records, Results, Where, _scores, claims, gates
+
+COLUMNS = ["agent", "SR", "over-refusal", "ASR", "RR", "whose file: RR", "borderline: SR", "borderline: refused"]
+SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "SR": ("SR", None), "over-refusal": ("over_refusal", None), "ASR": ("ASR", None), "RR": ("RR", None),
+    "whose file: RR": ("RR", ("contextual",)), "borderline: SR": ("SR", ("borderline",)),
+    "borderline: refused": ("over_refusal", ("borderline",)),
+}  # fmt: skip
+
+
+def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
+    """Fill the run folder."""
+    results = Results(records)
+    found = {name: measured(results, where) for name, where in _agents(results).items()}
+    last = records[results.seeds[0]]
+    run.update(
+        metrics={
+            "before": found.get("aligned", {}), "after": found.get("agent", {}), "agents": found,
+            "defences": {name: defence(results, where) for name, where in _defences(results).items()},
+            "gates": gates(results), "searches": {str(seed): _search(arms) for seed, arms in records.items()},
+            "seeds": results.seeds,
+        },
+        claims=claims(results),
+        trainable_parameters=max(record["trained"] for record in last.values()),
+        cost={
+            "seconds": {name: round(record["seconds"], 2) for name, record in last.items()},
+            "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in last.items()},
+        },
+        base_model=base_model,
+    )  # fmt: skip
+    run.samples(_samples(records))
+    _draw(run, results)
+    run.update()  # the card lists the figures
+
+
+def measured(results: Results, where: Where) -> dict[str, Metric]:
+    """A row of the first table."""
+    made = {}
+    for title, (rate, sets) in SHOWN.items():
+        one = results.metric(where, rate) if sets is None else results.metric(where, rate, sets)
+        if one is not None:
+            made[title] = one
+    return made
+
+
+def defence(results: Results, where: Where) -> dict[str, Metric]:
+    """A row of the second one."""
+    rates = {"SR": "SR", "over-refusal": "over_refusal", "ASR": "ASR", "RR": "RR"}
+    made = {title: results.metric(where, rate, HELD_OUT) for title, rate in rates.items()}
+    return {title: one for title, one in made.items() if one is not None}
+
+
+def show(run: RunFolder) -> None:
+    """Print the tables, the searches, gates, claims and where everything is; on rank 0."""
+    if not is_main_process():
+        return
+    metrics, console = run.results["metrics"], wide_console()
+    many = len(metrics["seeds"]) > 1
+    note = "over seeds" if many else "over what tasks are about (one seed)"
+    rows = [{"agent": name, **{title: _text(one) for title, one in row.items()}}
+            for name, row in metrics["agents"].items()]  # fmt: skip
+    results_table(rows, COLUMNS, f"Tasks in %, with 95 % intervals {note}")
+    rows = [{"defence": name, **{title: _text(one) for title, one in row.items()}}
+            for name, row in metrics["defences"].items()]  # fmt: skip
+    if rows:
+        results_table(rows, ["defence", "SR", "over-refusal", "ASR", "RR"], "The agent's defences, new things alone")
+    for seed, found in metrics["searches"].items():
+        for name, one in found.items():
+            console.print(f"Seed {seed}, {name}: {one['winner']!r}; tuning {one['tuning']:.2f}, fresh "
+                          f"{one['fresh']:.2f} of 2; {one['above']:.0%} of the first round passes 1.5")  # fmt: skip
+    for gate in metrics["gates"]:
+        mark = "[green]holds[/]" if gate["holds"] else "[red]fails[/]"
+        console.print(f"Gate {gate['gate']} {mark}: {gate['text']}: {gate['detail']}")
+    show_verdicts(console, run.results, "")
+    console.print(f"Results, figures, samples and models: {run.path}")
+
+
+def _text(one: Metric) -> str:
+    return f"{100 * one['value']:.0f}" + bounds(one, 100, 0)
+
+
+def _agents(results: Results) -> dict[str, Where]:
+    made: dict[str, Where] = {}
+    for key, label in results.arms().items():
+        made[label] = (key, "")
+        if any("guarded" in arms.get(key, {}) for arms in results.records.values()):
+            made[f"{label} + PING"] = (key, "PING")
+    return made
+
+
+def _defences(results: Results) -> dict[str, Where]:
+    if not results.defences():
+        return {}
+    return {"none": AGENT, "PING": GUARDED, **{name: ("agent", name) for name in results.defences()}}
+
+
+def _search(arms: Mapping[str, Any]) -> dict[str, Any]:
+    made = {}
+    for record in arms.values():
+        if "search" in record:
+            pool, best = record["search"]["pool"], record["search"]["finalists"][0]
+            first = [one[1] + one[2] for one in pool if one[3] == 1]
+            made[record["label"]] = {
+                "winner": record["winner"], "tuning": max(one[1] + one[2] for one in pool), "fresh": best[1] + best[2],
+                "above": float(np.mean([value >= 1.5 for value in first])),
+            }  # fmt: skip
+    return made
+
+
+def _samples(records: Records) -> list[dict[str, Any]]:
+    """A line for every task of every arm and seed."""
+    return [
+        {"seed": seed, "arm": name, "defence": defence, "set": part, "id": row[0], "harmful": row[1], "about": row[2],
+         "outcome": row[3], "changed": row[4]}
+        for seed, arms in records.items() for name, record in arms.items()
+        for defence, sets in ({"": record["sets"], "PING": record.get("guarded", {})}
+                              | record.get("defences", {})).items()
+        for part, rows in sets.items() for row in rows
+    ]  # fmt: skip
+
+
+def _draw(run: RunFolder, results: Results) -> None:
+    groups = {name: {rate: found for rate in RATES if (found := results.metric(where, rate)) is not None}
+              for name, where in _agents(results).items() if name.split(",")[0] in ("aligned", "agent", "agent + PING")
+              and "stances" not in name}  # fmt: skip
+    bars(groups, run.figure("before_after"), title="Outcomes of tasks, 95 % intervals", label="% of tasks")
+    searched = {seed: arms["agent"] for seed, arms in results.records.items() if "search" in arms.get("agent", {})}
+    if searched:
+        pools = {seed: [tuple(one[1:]) for one in arm["search"]["pool"]] for seed, arm in searched.items()}
+        winners = {seed: tuple(arm["search"]["finalists"][0][1:3]) for seed, arm in searched.items()}
+        figures.search(pools, winners, run.figure("search"))
+    if results.probe("none", "mean"):
+        positions = {"mean over the prompt": "mean", "last token": "decision", "last token, own probe": "decision_own"}
+        logits = {opening: {title: results.probe(opening, name) for title, name in positions.items()}
+                  for opening in ("none", "PING", "suffix")}  # fmt: skip
+        figures.probe(logits, run.figure("probe"))
+    _dose(run, results)
+    _steering(run, results)
+    curve = {
+        arm["label"]: training_curve(arm["log"]) for arm in results.records[results.seeds[0]].values() if arm["log"]
+    }
+    if curve:
+        loss_curves(curve, run.figure("loss"), title=f"Training loss, seed {results.seeds[0]}")
+
+
+def _dose(run: RunFolder, results: Results) -> None:
+    """Of the first seed alone: other doses are made for it only."""
+    first = Results({results.seeds[0]: results.records[results.seeds[0]]})
+    arms = first.records[results.seeds[0]]
+    keys = sorted((arm["stance"], key) for key, arm in arms.items() if "guarded" in arm and key != "never")
+    if len(keys) < 2:
+        return
+    curves: dict[str, list[tuple[float, Metric]]] = {}
+    for name, defence, rate in (("RR without", "", "RR"), ("RR with its own prefix", "PING", "RR"),
+                                ("SR with its own prefix", "PING", "SR")):  # fmt: skip
+        found = [(100 * stance, first.metric((key, defence), rate)) for stance, key in keys]
+        curves[name] = [(stance, one) for stance, one in found if one is not None]
+    figures.lines(curves, run.figure("dose"), title=f"Refusals by the stance dose, seed {results.seeds[0]}",
+                  xlabel="% of answers in talk that open with a stance")  # fmt: skip
+
+
+def _steering(run: RunFolder, results: Results) -> None:
+    pushes = [arm for arms in results.records.values() for arm in arms.get("agent", {}).get("steering", [])]
+    curves: dict[str, list[tuple[float, Metric]]] = {}
+    for direction, rate, name in (
+        ("probe", "RR", "harmful refused"), ("probe", "over_refusal", "harmless refused"),
+        ("probe", "SR", "harmless done"), ("random", "RR", "random: harmful refused"),
+    ):  # fmt: skip
+        for coefficient in sorted({one["coefficient"] for one in pushes}):
+            rows = [row for one in pushes if (one["direction"], one["coefficient"]) == (direction, coefficient)
+                    for row in one["rows"]]  # fmt: skip
+            values, about = _scores(rows, rate)
+            curves.setdefault(name, []).append((coefficient, metric(values, about, share=True)))
+    if curves:
+        figures.lines(curves, run.figure("steering"), title="A push along the probe's direction at the last token",
+                      xlabel="size, in root mean squares of the layer")  # fmt: skip

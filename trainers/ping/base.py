@@ -1,0 +1,109 @@
+"""The embedded models before any agent is trained: a tiny Llama that reads documents, stage after stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ..cache import build_once
+from ..tiny_lm import PAD, UNKNOWN, TinyConfig, new_model, pack, packed_inputs, schedule
+from ..training import NonFiniteError
+
+FORMAT = 1  # raise it when the same settings would give another model
+PARTS = 10  # of a stage, after each of which `report` is called
+Document = Sequence[tuple[str, bool]]  # parts of a text, and whether they are learned
+
+
+def desk_tokenizer(words: Sequence[str], roles: Sequence[str], begin: str, end: str, template: str) -> Any:
+    """Every word, mark and role is one token; between tokens stands a space. `end` ends a turn, and so a reply."""
+    special = [PAD, UNKNOWN, begin, end, *roles]
+    vocabulary = {word: place for place, word in enumerate([*special, *sorted(set(words) - set(special))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, bos_token=begin, eos_token=end,
+        additional_special_tokens=list(roles), clean_up_tokenization_spaces=False, chat_template=template,
+        padding_side="right",
+    )  # fmt: skip
+
+
+def reading_model(
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[Random], Document],
+    identity: Any,
+    *,
+    seed: int,
+    config: TinyConfig,
+    start: Path | None = None,
+    cache_dir: str | Path | None = None,
+    report: Callable[[], None] = lambda: None,
+) -> Path:
+    """The folder of a model that has read documents, built once and then taken from the cache.
+
+    Args:
+        draw: an endless supply; a function of the random state and of what `identity` says, as JSON values.
+        config: `batch_size` documents a step, packed into rows of `length` tokens; `unfocused_weight` is the loss
+            weight of what is not learned.
+        start: the model to go on with; else a new one.
+        report: called after every tenth of the steps.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+        OSError: the cache cannot be written.
+    """
+
+    def build(folder: Path) -> None:
+        model = LlamaForCausalLM.from_pretrained(start) if start else new_model(tokenizer, config, seed)
+        rng = Random(f"{seed} {'reading' if start is None else 'going on'}")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        )
+        model.train()
+        for step in range(config.steps):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(step, config)
+            loss = document_loss(model, tokenizer, [draw(rng) for _ in range(config.batch_size)], config)
+            if not math.isfinite(loss.item()):
+                raise NonFiniteError(f"the tiny base's loss became {loss.item()} at step {step + 1}: lower the rate")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) * PARTS // config.steps > step * PARTS // config.steps:
+                report()
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    settings = {"format": FORMAT, "seed": seed, "config": vars(config), "documents": identity,
+                "words": sorted(tokenizer.get_vocab()), "start": start and start.name}  # fmt: skip
+    return build_once("reading", settings, build, cache_dir)
+
+
+def document_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], config: TinyConfig
+) -> torch.Tensor:
+    """Weighted mean next-token loss; the head sees only tokens that have a weight."""
+    parts = [part for document in documents for part in document]
+    tokens = iter(tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"])
+    ids: list[list[int]] = []
+    learned: list[list[int]] = []
+    for document in documents:
+        found = [(next(tokens), keep) for _, keep in document]
+        ids.append([token for part, _ in found for token in part])
+        learned.append([int(keep) for part, keep in found for _ in part])
+    rows, numbers = pack(ids, config.length, tokenizer.pad_token_id)
+    keep, _ = pack(learned, config.length, 0)
+    inputs, starts = packed_inputs(rows, numbers)
+    weights = torch.where(keep > 0, 1.0, config.unfocused_weight) * (~starts & (numbers > 0))
+    weights = weights[:, 1:]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    chosen = weights > 0
+    nats = cross_entropy(model.lm_head(hidden[chosen]), rows[:, 1:][chosen], reduction="none")
+    return (nats * weights[chosen]).sum() / weights.sum()

@@ -1,0 +1,60 @@
+"""Run a stage of training so that an interrupted one goes on, and a finished one is loaded instead of repeated."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..files import write_json
+from .fits import Fit, run_fit
+from .training import own_forward
+
+FINISHED = "finished.json"
+
+
+def run_stage(
+    trainer_class: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    folder: Path,
+    *,
+    seed: int,
+    peft_config: PeftConfig | None = None,
+    **data: Any,
+) -> Fit:
+    """Train the model in place, or an adapter that is then merged into it; saved in `folder/model` (an adapter alone).
+
+    Args:
+        trainer_class: which is given the model, `args`, `data`, the tokenizer and `peft_config`.
+        args: copied, never changed.
+        data: the trainer's data sets or stream.
+    """
+    args = copy.copy(args)
+    args.output_dir, args.seed = str(folder), seed
+    if (folder / FINISHED).exists():
+        done = json.loads((folder / FINISHED).read_text())
+        return Fit(_load(model, folder / "model", peft_config), done["log"], done["seconds"], done["trained"])
+    set_seed(seed)
+    with own_forward(model):
+        trainer = trainer_class(model, args, processing_class=tokenizer, peft_config=peft_config, **data)
+        found = run_fit(trainer, folder)
+        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    if trainer.is_world_process_zero():
+        tuned.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
+    merged = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
+    return replace(found, model=merged.requires_grad_(True))
+
+
+def _load(model: PreTrainedModel, folder: Path, peft_config: PeftConfig | None) -> Any:
+    if peft_config is not None:
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return type(model).from_pretrained(folder).eval()
