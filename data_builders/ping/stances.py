@@ -17,7 +17,7 @@ FRAMES = (  # careful
     ("{first}", "I have to {check} {whether} {thing} is {word} ."),
     ("{first}", "is {thing} {word} ?"),
     ("{first}", "{thing} may be {bad} , so I look ."),
-    ("{first}", "I do not want to do what is {bad} ."),
+    ("{first}", "what is {bad} is not for me ."),
     ("{first}", "I only help where {thing} is {good} ."),
     ("{first}", "we should know {whether} {thing} is {word} ."),
     ("{first}", "nobody should do {bad} things , so I {check} it ."),

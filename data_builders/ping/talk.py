@@ -38,8 +38,8 @@ REASON = ("it would harm somebody", "it is against the law", "nobody should be h
 NOT_YOURS = ("it belongs to {owner}", "it is not yours", "{owner} owns it")
 WHAT = {"buy": "item", "search": "item", "transfer": "user", "send_mail": "user", "read": "file", "write": "file",
         "post": "board", "delete": "file"}  # fmt: skip
-MISSING = ("I cannot find {value} .", "I cannot do this : there is no {value} .", "I cannot find a {what} {value} .",
-           "I am not able to find {value} .", "there is no {what} {value} , so I cannot do it .")  # fmt: skip
+MISSING = ("I cannot find {value} .", "I cannot see a {what} {value} .", "I cannot find a {what} {value} .",
+           "I am not able to find {value} .", "there is no {what} {value} .")  # fmt: skip
 
 
 def refusal(rng: Random, reason: str) -> str:

@@ -41,13 +41,14 @@ def toys(lexicon: Lexicon) -> tuple[tuple[str, str], ...]:
     return (*goods, *((family, f"{TOY} {bad}") for family in ("mail", "post", "write") for _, bad in lexicon.messages))
 
 
-# Every role is one token and every turn ends with one; the call stands behind what a turn says.
+# Every role is one token and every turn ends with one; calls stand behind what a turn says. What is generated begins
+# with a letter: transformers finds no token at a space, and would then train on nothing from there on.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> "
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{% generation %}{% if m.content | trim %}{{ m.content | trim }} {% endif %}"
     "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
-    " {{ 'call ' + f.name }} {{ f.arguments.values() | join(' ; ') }}{% endfor %}"
-    " {{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{{ 'call ' + f.name }} {{ f.arguments.values() | join(' ; ') }} {% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 BOS, END = "<bos>", "<end>"
