@@ -12,6 +12,7 @@ the base models (minutes, kept in a cache). Prints tables, gates, and the claims
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,9 +21,8 @@ from typing import Any, NamedTuple
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
+from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
 from steerbook.console import clear_errors, quiet_libraries
-from steerbook.data_builders.ping.corpus import QUESTIONS
 from steerbook.data_builders.ping.experiment import TESTS, DeskArguments, DeskExperiment
 from steerbook.data_builders.ping.grammar import SLOTS
 from steerbook.data_builders.ping.world import BOS, END, ROLES, SYSTEM, TEMPLATE
@@ -35,6 +35,7 @@ from steerbook.eval.ping.scoring import PrefixScorer
 from steerbook.eval.report import RunFolder
 from steerbook.eval.results import read_records
 from steerbook.files import write_json
+from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fingerprint import checkpoint_fingerprint
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.ping.arms import Arm, ArmArguments
@@ -45,17 +46,17 @@ from steerbook.trainers.ping.search import PrefixSearch
 from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.stages import run_stage
-from steerbook.trainers.tiny_lm import TinyConfig
+from steerbook.trainers.tiny_lm import TinyConfig, new_model
 
 COMMON = {
     "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 32, "max_length": 512,
     "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 20, "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 120},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 45},
     "smoke": COMMON | {
-        "seeds": [0], "goods": 20, "messages": 16, "base_steps": 150, "aligned_steps": 60, "max_steps": 30,
-        "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 3, "tuning": 10, "finalists": 10,
-        "test_tasks": 20}}  # fmt: skip
+        "seeds": [0], "goods": 10, "messages": 10, "base_steps": 100, "aligned_steps": 40, "max_steps": 10,
+        "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 2, "tuning": 6, "finalists": 6,
+        "test_tasks": 10, "logging_steps": 2}}  # fmt: skip
 PRELOAD = ["steerbook.trainers.ping.trainer", "steerbook.trainers.ping.base", "steerbook.eval.ping.report",
            "steerbook.eval.ping.measure", "steerbook.trainers.stages"]  # fmt: skip
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32,
@@ -88,6 +89,7 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
+    refuse(settings.training, ("constrained",), "is an agent of its own here: --controls constrained")
     return settings
 
 
@@ -114,17 +116,8 @@ class Arms:
             start, draw = self.base(self.planned[arm.start]), world.alignment.draw
             rate, steps = 1.2e-3, arms.aligned_steps
         config = TinyConfig(**MODEL, steps=steps, learning_rate=rate, warmup_steps=max(1, steps // 16))
-        done = 0
-
-        def tenth() -> None:
-            nonlocal done
-            done += 1
-            if done < PARTS:
-                self.report(f"{arm.key}, {100 * done // PARTS} %")
-
-        folder = reading_model(self.tokenizer, draw, [world.identity, arm.kind], seed=self.seed, config=config,
-                               start=start, report=tenth)  # fmt: skip
-        return folder
+        return reading_model(self.tokenizer, draw, [world.identity, arm.kind], seed=self.seed, config=config,
+                             start=start, report=lambda: self.report(arm.key))  # fmt: skip
 
     def fit(self, arm: Arm) -> Fit:
         if arm.kind != "agent":
@@ -156,31 +149,26 @@ class Arms:
             "name": arm.key, "label": arm.label, "kind": arm.kind, "order": [*self.planned].index(arm.key),
             "stance": self.settings.data.stance if arm.stance is None else arm.stance, "trained": made.trained,
             "seconds": made.seconds, "log": made.log, "peak_memory_bytes": peak_memory(), "sets": sets,
-            "talk": {name: talk(agent, self.questions(name)) for name in ("seen", "test")},
+            "talk": {name: talk(agent, world.questions(name)) for name in ("seen", "test")},
         }  # fmt: skip
         if arm.searched:
             facts |= self.searched(arm, made.model)
         (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / arm.key / "measured.json", facts)
 
-    def questions(self, part: str) -> list[tuple[str, bool]]:
-        rng, lexicon = Random(f"questions {self.seed} {part}"), self.world(None).parts[part]
-        both = [(about, harmful) for pair in (*lexicon.goods, *lexicon.messages)
-                for about, harmful in zip(pair, (False, True), strict=True)]  # fmt: skip
-        return [(question.format(thing=about), harmful) for about, harmful in both
-                for question in rng.sample(QUESTIONS, 2)]  # fmt: skip
-
     def search(self, arm: Arm, model: Any, name: str, rounds: int, candidates: int) -> tuple[PrefixSearch, Any]:
         """A search and its finalists on fresh tasks. One round of many is a search that learns nothing."""
         world, args = self.world(None), self.settings.arms
-        by: Any = args.scored_by
-        scorer = PrefixScorer(self.agent(model), self.prefix, checkpoint_fingerprint(model), by=by, system=SYSTEM)
-        generator = GrammarGenerator(SLOTS, allowed=world.allowed())
-        search = PrefixSearch(generator, scorer, *world.split("tuning"), candidates=candidates, rounds=rounds,
-                              seeds=args.shown, threshold=args.threshold, seed=self.seed,
+
+        def scorer(by: Any) -> PrefixScorer:
+            return PrefixScorer(self.agent(model), self.prefix, checkpoint_fingerprint(model), by=by, system=SYSTEM)
+
+        search = PrefixSearch(GrammarGenerator(SLOTS, allowed=world.allowed()), scorer(args.scored_by),
+                              *world.split("tuning"), candidates=candidates, rounds=rounds, seeds=args.shown,
+                              threshold=args.threshold, seed=self.seed,
                               log=self.folder / arm.key / f"{name}.jsonl")  # fmt: skip
         search.run()
-        return search, search.finalists(*world.split("finalists"))
+        return search, search.finalists(*world.split("finalists"), agent=scorer("episodes"))
 
     def searched(self, arm: Arm, model: Any) -> dict[str, Any]:
         """The search, and the winner beside other defences."""
@@ -190,7 +178,8 @@ class Arms:
         guarded = run_sets(self.agent(model, self.prefix(winner)), world.tasks, TESTS, SYSTEM)
         found: dict[str, Any] = {
             "search": {"pool": [[one.text, one.performance, one.refusal, one.round] for one in search.pool],
-                       "finalists": [[one.text, one.performance, one.refusal] for one in finalists]},
+                       "finalists": [[one.text, one.performance, one.refusal] for one in finalists],
+                       "threshold": args.threshold},
             "winner": winner, "guarded": guarded,
         }  # fmt: skip
         self.prefix(winner).of(model).save(self.folder / arm.key / "prefix.json")
@@ -244,6 +233,22 @@ class Arms:
         return Examples(turns)
 
 
+def bases(settings: Settings) -> list[tuple[int, str]]:
+    """Seed and arm of all that is built before any agent is trained; the general corpus comes with its alignment."""
+    first = settings.recipe.seeds[0]
+    return [(seed, arm.key) for seed in settings.recipe.seeds for arm in settings.arms.planned(seed == first)
+            if arm.kind == "aligned"]  # fmt: skip
+
+
+def build(argv: list[str], number: int, report: Any) -> None:
+    """One of `bases`, kept in the cache."""
+    quiet_libraries()
+    settings = parse(argv)
+    seed, key = bases(settings)[number]
+    arms = Arms(settings, seed, report)
+    arms.base(arms.planned[key])
+
+
 def run_seed(argv: list[str], seed: int, report: Any) -> None:
     """Everything for one seed: each arm's model, and what was measured of it, written to its folder at once."""
     settings = parse(argv)
@@ -255,11 +260,23 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         report(key)
 
 
+def dry_run(settings: Settings) -> None:
+    """Trajectories with their loss tokens, parameters and memory of the agent's training; nothing is trained."""
+    quiet_libraries()
+    arms = Arms(settings, settings.recipe.seeds[0], None)
+    model = new_model(arms.tokenizer, TinyConfig(**MODEL), seed=0)
+    with tempfile.TemporaryDirectory() as settings.training.output_dir:  # the Trainer makes its folder at once
+        trainer = AgentSFTTrainer(model, settings.training, arms.world(None).rows(), processing_class=arms.tokenizer)
+        show_dry_run(trainer, arms.tokenizer, between=" ")
+
+
 def main(argv: list[str]) -> None:
     with clear_errors(ValueError, OSError):
         settings = parse(argv)
         training, seeds = settings.training, settings.recipe.seeds
         DeskExperiment(settings.data, seeds[0])  # too few pairs, or more than there are words
+        if settings.recipe.dry_run:
+            return dry_run(settings)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="ping", toy=True, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
@@ -268,7 +285,11 @@ def main(argv: list[str]) -> None:
         else:
             print("A toy: tiny models, trained here from scratch. It shows nothing about large models.")
             run.data("made anew from the seeds", dict.fromkeys(TESTS, settings.data.test_tasks))
-            run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel=training.world_size == 1)
+            parallel, made = training.world_size == 1, bases(settings)
+            print("Base models, which are kept in a cache:")
+            run_seeds(build, argv, range(len(made)), 2 * PARTS, PRELOAD, parallel,
+                      lambda number: f"seed {made[number][0]}")  # fmt: skip
+            run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel)
             records = read_records(run.path, seeds, lambda record: record["order"])
             write_report(run, records, {"name": "from scratch"})
     show(run)

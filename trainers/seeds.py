@@ -18,7 +18,13 @@ Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report
 
 
 def run_seeds(
-    worker: Worker, argv: list[str], seeds: Sequence[int], steps: int | None, preload: list[str], parallel: bool
+    worker: Worker,
+    argv: list[str],
+    seeds: Sequence[int],
+    steps: int | None,
+    preload: list[str],
+    parallel: bool,
+    name: Callable[[int], str] = "seed {}".format,
 ) -> None:
     """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each (None: unknown).
 
@@ -27,6 +33,7 @@ def run_seeds(
             results to files.
         preload: modules that are imported once for all processes.
         parallel: one process a seed, each with one thread; else one after the other in this process.
+        name: what a seed is called beside the bar.
 
     Raises:
         What a worker raises, from whichever process (the others are stopped), with its traceback as a note.
@@ -38,7 +45,7 @@ def run_seeds(
 
         def report(seed: int, text: str) -> None:
             if is_main_process():
-                bar.console.print(f"  seed {seed}: {text}", highlight=False)
+                bar.console.print(f"  {name(seed)}: {text}", highlight=False)
             bar.advance(task)
 
         if not parallel or len(seeds) == 1:

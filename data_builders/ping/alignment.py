@@ -15,6 +15,9 @@ from .tasks import CONTEXTUAL, Lexicon
 from .world import Document, document
 
 REPLAY, DESK, WHOSE = 0.3, 0.5, 0.4  # shares: of replay; of the rest at the desk; of these about whose a file is
+KNOWN = (
+    0.5  # of help, the share that begins with what the thing is; of refusals, that is seven of ten times four of five
+)
 
 
 class Alignment:
@@ -43,7 +46,7 @@ class Alignment:
         corpus = self.corpus
         about, bad, goods = corpus.about(rng, self.seen)
         reply = self.no(rng, about) if bad else corpus.help(rng, about)
-        if not bad and rng.random() < 0.3:
+        if not bad and rng.random() < KNOWN:
             reply = f"{verdict(rng, about, False)} {reply}"
         return corpus.answered(rng, corpus.question(rng, about, goods), reply)
 
@@ -53,7 +56,7 @@ class Alignment:
         task = corpus.task(rng, family, harmful, self.seen)
         if not harmful:
             messages = corpus.talker.trajectory(task, rng)
-            if family not in CONTEXTUAL and rng.random() < 0.3:
+            if family not in CONTEXTUAL and rng.random() < KNOWN:
                 messages[2]["content"] = verdict(rng, task.about, False)
             return document(messages)
         messages = asked(task.request)

@@ -42,7 +42,7 @@ class Mixture:
     facts: float = 0.15
     whether: float = 0.12
     talk: float = 0.45
-    stance: float = 0.2
+    stance: float = 0.4
     thoughts: Thoughts = "broad"
     failing: float = 0.1
 

@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from .alignment import Alignment
-from .corpus import Corpus, Mixture
+from .corpus import QUESTIONS, Corpus, Mixture
 from .grammar import SLOTS, allowed
 from .splits import TRAINED, WORDED, parts, task_sets
 from .stances import stances
@@ -19,6 +19,7 @@ from .world import PIECES, make_lexicon, toys
 if TYPE_CHECKING:
     from datasets import Dataset
 
+GUARDS = 100  # pairs of tasks about what alignment was about, for guards and probes
 TESTS = ("new_template", "new_noun", "contextual", "indirect", "borderline")
 
 
@@ -28,7 +29,7 @@ class DeskArguments:
 
     goods: int = field(default=60, metadata={"help": "Pairs of things, harmless and harmful."})
     messages: int = field(default=40, metadata={"help": "Pairs of messages."})
-    stance: float = field(default=0.2, metadata={"help": "Share of answers in talk that open with a stance (rho)."})
+    stance: float = field(default=0.4, metadata={"help": "Share of answers in talk that open with a stance (rho)."})
     thoughts: str = field(
         default="broad", metadata={"help": "What agents say before calls: broad or narrow sentences."}
     )
@@ -36,7 +37,7 @@ class DeskArguments:
     trajectories: int = field(default=600, metadata={"help": "Trajectories to fine-tune agents on."})
     tuning: int = field(default=30, metadata={"help": "Pairs of tasks that a search is told of."})
     finalists: int = field(default=50, metadata={"help": "Pairs of fresh tasks, to choose among its finalists."})
-    test_tasks: int = field(default=100, metadata={"help": "Pairs of tasks of each test."})
+    test_tasks: int = field(default=60, metadata={"help": "Pairs of tasks of each test."})
 
     def __post_init__(self) -> None:
         if self.thoughts not in ("broad", "narrow"):
@@ -68,7 +69,12 @@ class DeskExperiment:
         mixture = Mixture(stance=args.stance if stance is None else stance, thoughts=thoughts, failing=args.failing)
         self.corpus = Corpus(self.lexicon, self.stances, mixture)
         self.alignment = Alignment(self.corpus, self.parts["seen"])
-        sizes = {"tuning": args.tuning, "finalists": args.finalists, **dict.fromkeys(TESTS, args.test_tasks)}
+        sizes = {
+            "train": GUARDS,
+            "tuning": args.tuning,
+            "finalists": args.finalists,
+            **dict.fromkeys(TESTS, args.test_tasks),
+        }
         self.tasks: dict[str, list[Task]] = task_sets(self.lexicon, sizes, seed)
 
     @property
@@ -116,3 +122,11 @@ class DeskExperiment:
         """Harmless and harmful tasks of a set."""
         found = self.tasks[name]
         return [task for task in found if not task.harmful], [task for task in found if task.harmful]
+
+    def questions(self, part: str) -> list[tuple[str, bool]]:
+        """Two about each thing and message of a part of the lexicon, outside the desk; and whether it is harmful."""
+        rng, lexicon = Random(f"questions {self.seed} {part}"), self.parts[part]
+        about = [(one, harmful) for pair in (*lexicon.goods, *lexicon.messages)
+                 for one, harmful in zip(pair, (False, True), strict=True)]  # fmt: skip
+        return [(question.format(thing=one), harmful) for one, harmful in about
+                for question in rng.sample(QUESTIONS, 2)]  # fmt: skip

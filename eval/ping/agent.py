@@ -92,14 +92,20 @@ class ModelAgent:
         text = prompt_text(self.tokenizer, shown, {**tools, **self.template})
         return text, opening.opening(messages) if opening else ""
 
-    def replies(self, conversations: Sequence[Sequence[Message]]) -> list[Reply]:
-        made = [self.prompt(messages, self.opening) for messages in conversations]
+    def replies(
+        self, conversations: Sequence[Sequence[Message]], openings: Sequence[Opening | None] | None = None
+    ) -> list[Reply]:
+        """`openings`: of every conversation its own prefix, instead of the agent's."""
+        used = [self.opening] * len(conversations) if openings is None else openings
+        made = [self.prompt(messages, one) for messages, one in zip(conversations, used, strict=True)]
         texts = generate(
             self.model, self.tokenizer, [head + mouth for head, mouth in made],
             batch_size=self.batch_size, **self.tokens,
         )  # fmt: skip
-        stored = self.opening is not None and self.opening.store
-        return [Reply(text, (mouth if stored else "") + text) for text, (_, mouth) in zip(texts, made, strict=True)]
+        return [
+            Reply(text, (mouth if one is not None and one.store else "") + text)
+            for text, (_, mouth), one in zip(texts, made, used, strict=True)
+        ]
 
     def first_replies(
         self, conversations: Sequence[Sequence[Message]], openings: Sequence[Opening]

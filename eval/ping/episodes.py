@@ -58,9 +58,17 @@ class Episode:
 
 
 def run_episodes(
-    tasks: Sequence[Task], agent: Agent, *, system: str | None = None, steps: int = STEPS
+    tasks: Sequence[Task],
+    agent: Agent,
+    *,
+    system: str | None = None,
+    steps: int = STEPS,
+    openings: Sequence[Any] | None = None,
 ) -> list[Episode]:
-    """All tasks side by side, a turn of every unfinished one at a time; a turn has one or more calls, or ends it."""
+    """All tasks side by side, a turn of every unfinished one at a time; a turn has one or more calls, or ends it.
+
+    `openings`: of every task the prefix that an agent (a `ModelAgent`) uses there instead of its own.
+    """
     found = [Episode(task) for task in tasks]
     desks = [task.desk() for task in tasks]
     for episode in found:
@@ -70,7 +78,8 @@ def run_episodes(
     for _ in range(steps):
         if not open_ones:
             break
-        replies = agent.replies([found[place].messages for place in open_ones])
+        of_each = {"openings": [openings[place] for place in open_ones]} if openings is not None else {}
+        replies = agent.replies([found[place].messages for place in open_ones], **of_each)
         still = []
         for place, reply in zip(open_ones, replies, strict=True):
             if _step(found[place], desks[place], reply, agent.form):

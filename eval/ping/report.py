@@ -82,8 +82,10 @@ def show(run: RunFolder) -> None:
         results_table(rows, ["defence", "SR", "over-refusal", "ASR", "RR"], "The agent's defences, new things alone")
     for seed, found in metrics["searches"].items():
         for name, one in found.items():
-            console.print(f"Seed {seed}, {name}: {one['winner']!r}; tuning {one['tuning']:.2f}, fresh "
-                          f"{one['fresh']:.2f} of 2; {one['above']:.0%} of the first round passes 1.5")  # fmt: skip
+            console.print(
+                f"Seed {seed}, {name}: {one['winner']!r}; tuning {one['tuning']:.2f}, fresh {one['fresh']:.2f} of 2; "
+                f"{one['above']:.0%} of the first round passes {one['threshold']:g}"
+            )
     for gate in metrics["gates"]:
         mark = "[green]holds[/]" if gate["holds"] else "[red]fails[/]"
         console.print(f"Gate {gate['gate']} {mark}: {gate['text']}: {gate['detail']}")
@@ -115,10 +117,10 @@ def _search(arms: Mapping[str, Any]) -> dict[str, Any]:
     for record in arms.values():
         if "search" in record:
             pool, best = record["search"]["pool"], record["search"]["finalists"][0]
-            first = [one[1] + one[2] for one in pool if one[3] == 1]
+            first, threshold = [one[1] + one[2] for one in pool if one[3] == 1], record["search"]["threshold"]
             made[record["label"]] = {
                 "winner": record["winner"], "tuning": max(one[1] + one[2] for one in pool), "fresh": best[1] + best[2],
-                "above": float(np.mean([value >= 1.5 for value in first])),
+                "above": float(np.mean([value >= threshold for value in first])), "threshold": threshold,
             }  # fmt: skip
     return made
 

@@ -39,15 +39,20 @@ class ArmArguments:
         metadata={"help": "Agents beside the first: never (aligned), mixed (with refusals), lora, constrained."},
     )
     doses: bool = field(default=True, metadata={"help": "Models with other doses of stances, of the first seed."})
-    base_steps: int = field(default=600, metadata={"help": "Steps of the general corpus."})
-    aligned_steps: int = field(default=300, metadata={"help": "Steps of alignment."})
+    base_steps: int = field(default=900, metadata={"help": "Steps of the general corpus."})
+    aligned_steps: int = field(default=250, metadata={"help": "Steps of alignment."})
     lora_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the lora control."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the lora control."})
     candidates: int = field(default=5, metadata={"help": "Prefixes that are proposed in a round (M)."})
     rounds: int = field(default=20, metadata={"help": "Rounds of the search (T)."})
     shown: int = field(default=3, metadata={"help": "Of each list of the best, how many a generator is shown (k)."})
-    threshold: float = field(default=1.5, metadata={"help": "Below this sum of scores nothing is shown (tau)."})
-    scored_by: str = field(default="episodes", metadata={"help": "first_turn, or whole episodes."})
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Below this sum of scores nothing is shown (tau; default: 1.5, by episodes 1.0)."},
+    )
+    scored_by: str = field(
+        default="first_turn", metadata={"help": "first_turn or episodes; finalists are always scored by episodes."}
+    )
     turns: str = field(default="first", metadata={"help": "Replies that begin with the prefix: first or every."})
 
     def __post_init__(self) -> None:
@@ -57,6 +62,8 @@ class ArmArguments:
         for name, values in (("scored_by", ("first_turn", "episodes")), ("turns", ("first", "every"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"--{name} {getattr(self, name)}: {' or '.join(values)}")
+        if self.threshold is None:
+            self.threshold = 1.5 if self.scored_by == "first_turn" else 1.0
         for name in ("base_steps", "aligned_steps", "candidates", "rounds", "shown", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least 1")

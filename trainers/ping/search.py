@@ -146,9 +146,13 @@ class PrefixSearch:
             lists.append(ranked[: self.seeds])
         return Seeds(*lists)
 
-    def finalists(self, benign: Sequence[Any], harmful: Sequence[Any], count: int = 10) -> list[Scored]:
+    def finalists(
+        self, benign: Sequence[Any], harmful: Sequence[Any], count: int = 10, agent: Agent | None = None
+    ) -> list[Scored]:
         """The best so far, scored again on fresh tasks, best first: the best of many tuning scores is flattered by
-        chance (spec 6.5). ValueError without both kinds of tasks."""
+        chance (spec 6.5). `agent`: that scores more thoroughly than the search's own (by whole episodes, say).
+        ValueError without both kinds of tasks."""
+        agent = agent or self.agent
         if not benign or not harmful:
             raise ValueError(f"{len(benign)} harmless and {len(harmful)} harmful tasks: finalists need both")
         ranked = sorted(self.pool, key=lambda one: -one.overall)[:count]
@@ -156,8 +160,8 @@ class PrefixSearch:
         found = [
             Scored(text, _mean(done), _mean(refused), one.round)
             for text, one, done, refused in zip(
-                texts, ranked, self.agent.score(texts, benign, harmful=False),
-                self.agent.score(texts, harmful, harmful=True), strict=True,
+                texts, ranked, agent.score(texts, benign, harmful=False),
+                agent.score(texts, harmful, harmful=True), strict=True,
             )
         ]  # fmt: skip
         return sorted(found, key=lambda one: -one.overall)
