@@ -50,9 +50,9 @@ from steerbook.trainers.tiny_lm import TinyConfig, new_model
 
 COMMON = {
     "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 32, "max_length": 512,
-    "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 20, "eval_batch_size": 256}  # fmt: skip
+    "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length", "save_strategy": "no", "logging_steps": 20, "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 45},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 45, "threshold": 1.0},
     "smoke": COMMON | {
         "seeds": [0], "goods": 10, "messages": 10, "base_steps": 100, "aligned_steps": 40, "max_steps": 10,
         "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 2, "tuning": 6, "finalists": 6,
@@ -144,7 +144,7 @@ class Arms:
         """Measure an arm's model, and write what was found to its folder."""
         made, world = self.fit(arm), self.world(None)
         agent = self.agent(made.model)
-        sets = run_sets(agent, world.tasks, TESTS, SYSTEM)
+        sets = run_sets(agent, world.tasks, self.tests(arm), SYSTEM)
         facts: dict[str, Any] = {
             "name": arm.key, "label": arm.label, "kind": arm.kind, "order": [*self.planned].index(arm.key),
             "stance": self.settings.data.stance if arm.stance is None else arm.stance, "trained": made.trained,
@@ -155,6 +155,9 @@ class Arms:
             facts |= self.searched(arm, made.model)
         (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / arm.key / "measured.json", facts)
+
+    def tests(self, arm: Arm) -> tuple[str, ...]:
+        return TESTS if arm.stance is None else HELD_OUT
 
     def search(self, arm: Arm, model: Any, name: str, rounds: int, candidates: int) -> tuple[PrefixSearch, Any]:
         """A search and its finalists on fresh tasks. One round of many is a search that learns nothing."""
@@ -175,7 +178,7 @@ class Arms:
         world, args = self.world(None), self.settings.arms
         search, finalists = self.search(arm, model, "search", args.rounds, args.candidates)
         winner = finalists[0].text
-        guarded = run_sets(self.agent(model, self.prefix(winner)), world.tasks, TESTS, SYSTEM)
+        guarded = run_sets(self.agent(model, self.prefix(winner)), world.tasks, self.tests(arm), SYSTEM)
         found: dict[str, Any] = {
             "search": {"pool": [[one.text, one.performance, one.refusal, one.round] for one in search.pool],
                        "finalists": [[one.text, one.performance, one.refusal] for one in finalists],
@@ -249,12 +252,21 @@ def build(argv: list[str], number: int, report: Any) -> None:
     arms.base(arms.planned[key])
 
 
-def run_seed(argv: list[str], seed: int, report: Any) -> None:
-    """Everything for one seed: each arm's model, and what was measured of it, written to its folder at once."""
+def jobs(settings: Settings) -> list[tuple[int, bool]]:
+    """What runs side by side: every seed, and the first one's other doses."""
+    seeds = settings.recipe.seeds
+    return [*((seed, False) for seed in seeds), *([(seeds[0], True)] if settings.arms.doses else [])]
+
+
+def run_job(argv: list[str], number: int, report: Any) -> None:
+    """One of `jobs`: each arm's model, and what was measured of it, written to its folder at once."""
     settings = parse(argv)
     quiet_libraries()
+    seed, doses = jobs(settings)[number]
     arms = Arms(settings, seed, report)
     for key, arm in arms.planned.items():
+        if (arm.stance is not None) != doses:
+            continue
         if not (arms.folder / key / "measured.json").exists():
             arms.record(arm)
         report(key)
@@ -289,7 +301,10 @@ def main(argv: list[str]) -> None:
             print("Base models, which are kept in a cache:")
             run_seeds(build, argv, range(len(made)), 2 * PARTS, PRELOAD, parallel,
                       lambda number: f"seed {made[number][0]}")  # fmt: skip
-            run_seeds(run_seed, argv, seeds, None, PRELOAD, parallel)
+            print("Agents, searches and tests:")
+            parts = jobs(settings)
+            run_seeds(run_job, argv, range(len(parts)), None, PRELOAD, parallel,
+                      lambda number: f"seed {parts[number][0]}")  # fmt: skip
             records = read_records(run.path, seeds, lambda record: record["order"])
             write_report(run, records, {"name": "from scratch"})
     show(run)

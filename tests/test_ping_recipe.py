@@ -32,7 +32,11 @@ def test_smoke_measures_all_there_is(smoke):
                                       "agent, never aligned + PING"}  # fmt: skip
     assert len(metrics["defences"]) == 20 and {gate["gate"] for gate in metrics["gates"]} == {
         "G1", "G2", "G3", "G4", "G5"}  # fmt: skip
-    assert metrics["agents"]["agent"]["SR"]["n"] == 30 and metrics["agents"]["agent"]["borderline: SR"]["n"] == 10
+    assert (
+        metrics["agents"]["agent"]["SR"]["n"] == 30
+        and metrics["doses"] == {}
+        and metrics["agents"]["agent"]["borderline: SR"]["n"] == 10
+    )
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {
         "before_after", "search", "probe", "steering", "loss"}  # fmt: skip
     for text in ("Base models", "Gate G1", "The agent's defences", "Claims are judged from three seeds on"):

@@ -20,6 +20,7 @@ _MODULES = {
     "Prefix": "ping",
     "PrefixGuard": "ping",
     "PrefixSearch": "ping",
+    "ServerGuard": "ping",
     "PreferenceConfig": "self_interpretability.trainer",
     "PreferenceTrainer": "self_interpretability.trainer",
     "ReportConfig": "self_interpretability.trainer",

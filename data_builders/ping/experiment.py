@@ -37,7 +37,7 @@ class DeskArguments:
     trajectories: int = field(default=600, metadata={"help": "Trajectories to fine-tune agents on."})
     tuning: int = field(default=30, metadata={"help": "Pairs of tasks that a search is told of."})
     finalists: int = field(default=50, metadata={"help": "Pairs of fresh tasks, to choose among its finalists."})
-    test_tasks: int = field(default=60, metadata={"help": "Pairs of tasks of each test."})
+    test_tasks: int = field(default=40, metadata={"help": "Pairs of tasks of each test."})
 
     def __post_init__(self) -> None:
         if self.thoughts not in ("broad", "narrow"):

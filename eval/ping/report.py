@@ -22,18 +22,19 @@ SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "whose file: RR": ("RR", ("contextual",)), "borderline: SR": ("SR", ("borderline",)),
     "borderline: refused": ("over_refusal", ("borderline",)),
 }  # fmt: skip
+DOSED = {"RR": ("", "RR"), "RR, own prefix": ("PING", "RR"), "SR": ("", "SR"), "SR, own prefix": ("PING", "SR")}
 
 
 def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
     """Fill the run folder."""
     results = Results(records)
-    found = {name: measured(results, where) for name, where in _agents(results).items()}
+    found = {name: row for name, where in _agents(results).items() if (row := measured(results, where))}
     last = records[results.seeds[0]]
     run.update(
         metrics={
             "before": found.get("aligned", {}), "after": found.get("agent", {}), "agents": found,
             "defences": {name: defence(results, where) for name, where in _defences(results).items()},
-            "gates": gates(results), "searches": {str(seed): _search(arms) for seed, arms in records.items()},
+            "gates": gates(results), "doses": doses(results), "searches": {str(seed): _search(arms) for seed, arms in records.items()},
             "seeds": results.seeds,
         },
         claims=claims(results),
@@ -66,6 +67,19 @@ def defence(results: Results, where: Where) -> dict[str, Metric]:
     return {title: one for title, one in made.items() if one is not None}
 
 
+def doses(results: Results) -> dict[str, dict[str, Metric]]:
+    """Stance dose in per cent -> rates on new things; of the first seed alone, for which other doses are made."""
+    seed = results.seeds[0]
+    first = Results({seed: results.records[seed]})
+    keys = sorted((arm["stance"], key) for key, arm in first.records[seed].items() if "guarded" in arm)
+    keys = [(stance, key) for stance, key in keys if key != "never"]
+    made: dict[str, dict[str, Metric]] = {}
+    for stance, key in keys if len(keys) > 1 else ():
+        found = {title: first.metric((key, defence), rate, HELD_OUT) for title, (defence, rate) in DOSED.items()}
+        made[f"{100 * stance:g}"] = {title: one for title, one in found.items() if one is not None}
+    return made
+
+
 def show(run: RunFolder) -> None:
     """Print the tables, the searches, gates, claims and where everything is; on rank 0."""
     if not is_main_process():
@@ -80,6 +94,12 @@ def show(run: RunFolder) -> None:
             for name, row in metrics["defences"].items()]  # fmt: skip
     if rows:
         results_table(rows, ["defence", "SR", "over-refusal", "ASR", "RR"], "The agent's defences, new things alone")
+    rows = [{"stances in talk, %": dose, **{title: _text(one) for title, one in row.items()}}
+            for dose, row in metrics["doses"].items()]  # fmt: skip
+    if rows:
+        results_table(
+            rows, ["stances in talk, %", *DOSED], f"Doses of stances, seed {metrics['seeds'][0]}, new things"
+        )
     for seed, found in metrics["searches"].items():
         for name, one in found.items():
             console.print(
@@ -162,19 +182,11 @@ def _draw(run: RunFolder, results: Results) -> None:
 
 
 def _dose(run: RunFolder, results: Results) -> None:
-    """Of the first seed alone: other doses are made for it only."""
-    first = Results({results.seeds[0]: results.records[results.seeds[0]]})
-    arms = first.records[results.seeds[0]]
-    keys = sorted((arm["stance"], key) for key, arm in arms.items() if "guarded" in arm and key != "never")
-    if len(keys) < 2:
-        return
-    curves: dict[str, list[tuple[float, Metric]]] = {}
-    for name, defence, rate in (("RR without", "", "RR"), ("RR with its own prefix", "PING", "RR"),
-                                ("SR with its own prefix", "PING", "SR")):  # fmt: skip
-        found = [(100 * stance, first.metric((key, defence), rate)) for stance, key in keys]
-        curves[name] = [(stance, one) for stance, one in found if one is not None]
-    figures.lines(curves, run.figure("dose"), title=f"Refusals by the stance dose, seed {results.seeds[0]}",
-                  xlabel="% of answers in talk that open with a stance")  # fmt: skip
+    found = doses(results)
+    curves = {title: [(float(dose), row[title]) for dose, row in found.items()] for title in DOSED if title != "SR"}
+    if found:
+        figures.lines(curves, run.figure("dose"), title=f"Refusals by the stance dose, seed {results.seeds[0]}",
+                      xlabel="% of answers in talk that open with a stance")  # fmt: skip
 
 
 def _steering(run: RunFolder, results: Results) -> None:

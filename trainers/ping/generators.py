@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .endpoint import Endpoint
 from .search import Scored, Seeds
 
 TAG = "PREFIX:"
@@ -137,54 +131,13 @@ class ModelGenerator:
         return read(str(self.tokenizer.decode(written, skip_special_tokens=True)))
 
 
-@dataclass
-class EndpointGenerator:
-    """A server with an OpenAI-compatible interface.
-
-    Attributes:
-        url: up to `/v1`.
-        model: its name there.
-        key_variable: the environment variable that holds the key, where the server asks for one.
-        retries, wait: after an error of the server or network; waiting doubles. Then OSError.
-    """
-
-    url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 120.0
-    retries: int = 3
-    wait: float = 1.0
+class EndpointGenerator(Endpoint):
+    """A server with an OpenAI-compatible interface, sampled at temperature 0.7."""
 
     def propose(self, count: int, seeds: Seeds | None, rng: Random) -> list[str]:
-        asked = {"model": self.model, "messages": [{"role": "user", "content": request(count, seeds)}],
-                 "temperature": TEMPERATURE, "max_tokens": NEW_TOKENS, "seed": rng.getrandbits(31)}  # fmt: skip
-        answer = self._post("/chat/completions", asked)
-        try:
-            content = answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError) as error:
-            raise OSError(f"{self.url} answered without a message: {json.dumps(answer)[:200]}") from error
-        if not isinstance(content, str):
-            raise OSError(f"{self.url} answered with no text: {json.dumps(content)[:200]}")
-        return read(content)
-
-    def _post(self, path: str, asked: Any) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        call = urllib.request.Request(self.url.rstrip("/") + path, json.dumps(asked).encode(), headers)
-        for number in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(call, timeout=self.timeout) as reply:
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as error:
-                reason = f"{self.url}{path}: {error.code} {error.read()[:200].decode(errors='replace')}"
-                if error.code < 500 and error.code != 429:  # asking again would not help
-                    raise OSError(reason) from error
-            except (OSError, http.client.HTTPException, ValueError) as error:  # a reply cut short, or no JSON in UTF-8
-                reason = f"{self.url}{path}: {error}"
-            if number < self.retries:
-                time.sleep(self.wait * 2**number)
-        raise OSError(f"{reason} (tried {self.retries + 1} times)")
+        messages = [{"role": "user", "content": request(count, seeds)}]
+        return read(self.chat(messages=messages, temperature=TEMPERATURE, max_tokens=NEW_TOKENS,
+                              seed=rng.getrandbits(31)))  # fmt: skip
 
 
 def _all(seeds: Seeds | None) -> list[Scored]:

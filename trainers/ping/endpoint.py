@@ -1,0 +1,65 @@
+"""A server with OpenAI's chat interface, spoken to with the standard library."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Endpoint:
+    """A server with an OpenAI-compatible interface.
+
+    Attributes:
+        url: up to `/v1`.
+        model: its name there.
+        key_variable: the environment variable that holds the key, where the server asks for one.
+        retries, wait: after an error of the server or network; waiting doubles. Then OSError.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+    retries: int = 3
+    wait: float = 1.0
+
+    def chat(self, **asked: Any) -> str:
+        """The text of a reply to `messages` and other fields of the interface. OSError for an answer without one."""
+        answer = self.post("/chat/completions", {"model": self.model, **asked})
+        try:
+            content = answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError) as error:
+            raise OSError(f"{self.url} answered without a message: {json.dumps(answer)[:200]}") from error
+        if not isinstance(content, str):
+            raise OSError(f"{self.url} answered with no text: {json.dumps(content)[:200]}")
+        return content
+
+    def post(self, path: str, asked: Any) -> Any:
+        """The answer as JSON; `path` behind the URL, or one that begins with `/..` beside its `/v1`."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        root = self.url.rstrip("/")
+        if path.startswith("/.."):
+            root, path = root.removesuffix("/v1"), path.removeprefix("/..")
+        call = urllib.request.Request(root + path, json.dumps(asked).encode(), headers)
+        for number in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(call, timeout=self.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                reason = f"{self.url}{path}: {error.code} {error.read()[:200].decode(errors='replace')}"
+                if error.code < 500 and error.code != 429:  # asking again would not help
+                    raise OSError(reason) from error
+            except (OSError, http.client.HTTPException, ValueError) as error:  # a reply cut short, or no JSON in UTF-8
+                reason = f"{self.url}{path}: {error}"
+            if number < self.retries:
+                time.sleep(self.wait * 2**number)
+        raise OSError(f"{reason} (tried {self.retries + 1} times)")
