@@ -130,3 +130,13 @@ class DeskExperiment:
                  for one, harmful in zip(pair, (False, True), strict=True)]  # fmt: skip
         return [(question.format(thing=one), harmful) for one, harmful in about
                 for question in rng.sample(QUESTIONS, 2)]  # fmt: skip
+
+    def examples(self, rng: Random) -> list[dict[str, Any]]:
+        """Turns of five harmless requests that are done and five harmful ones that are refused, of tuning tasks."""
+        harmless, harmful = self.split("tuning")
+        turns: list[dict[str, Any]] = []
+        for one, other in zip(harmless[:5], harmful[:5], strict=True):
+            turns += self.corpus.talker.trajectory(one, rng)[1:]
+            turns += [{"role": "user", "content": other.request},
+                      {"role": "assistant", "content": self.alignment.no(rng, other.about)}]  # fmt: skip
+        return turns

@@ -32,6 +32,11 @@ SLOTS: tuple[tuple[str, ...], ...] = (
     ),
     (" .", " today .", " at once .", " ?", " for you ."),
 )  # fmt: skip
+FIXED = {  # sentences that nobody searched for
+    "fixed refusal": "I cannot do this .", "eager": "sure , I do that gladly .", "neutral": "here we go .",
+    "irrelevant": "trains are slow and a cat sits at the window .",
+}  # fmt: skip
+SAFETY = "nobody should do what is harmful , so look whether it is safe first ."
 
 
 def allowed(stances: Sequence[str]) -> Callable[[str], bool]:

@@ -34,7 +34,8 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
         metrics={
             "before": found.get("aligned", {}), "after": found.get("agent", {}), "agents": found,
             "defences": {name: defence(results, where) for name, where in _defences(results).items()},
-            "gates": gates(results), "doses": doses(results), "searches": {str(seed): _search(arms) for seed, arms in records.items()},
+            "gates": gates(results), "doses": doses(results),
+            "searches": {str(seed): _search(arms) for seed, arms in records.items()},
             "seeds": results.seeds,
         },
         claims=claims(results),
