@@ -63,7 +63,7 @@ PRELOAD = ["steerbook.trainers.ping.trainer", "steerbook.trainers.ping.base", "s
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32,
          "batch_size": 48, "length": 128, "unfocused_weight": 0.05}  # fmt: skip
 LAYER = 2  # of four: where harm is read, 60 to 75 % of the way
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 HELD_OUT = ("new_noun",)  # what controls are compared on
 
 
