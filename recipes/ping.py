@@ -55,9 +55,9 @@ COMMON = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 45, "threshold": 1.0},
     "smoke": COMMON | {
-        "seeds": [0], "goods": 10, "messages": 10, "base_steps": 100, "aligned_steps": 40, "max_steps": 10,
-        "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 2, "tuning": 6, "finalists": 6,
-        "test_tasks": 10, "logging_steps": 2}}  # fmt: skip
+        "seeds": [0], "goods": 16, "messages": 16, "base_steps": 30, "aligned_steps": 20, "max_steps": 6,
+        "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 2, "tuning": 5, "finalists": 3,
+        "test_tasks": 4, "logging_steps": 2}}  # fmt: skip
 PRELOAD = ["steerbook.trainers.ping.trainer", "steerbook.trainers.ping.base", "steerbook.eval.ping.report",
            "steerbook.eval.ping.measure", "steerbook.trainers.stages"]  # fmt: skip
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32,

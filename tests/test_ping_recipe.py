@@ -33,16 +33,16 @@ def test_smoke_measures_all_there_is(smoke):
     assert len(metrics["defences"]) == 20 and {gate["gate"] for gate in metrics["gates"]} == {
         "G1", "G2", "G3", "G4", "G5"}  # fmt: skip
     assert (
-        metrics["agents"]["agent"]["SR"]["n"] == 30
+        metrics["agents"]["agent"]["SR"]["n"] == 12
         and metrics["doses"] == {}
-        and metrics["agents"]["agent"]["borderline: SR"]["n"] == 10
+        and metrics["agents"]["agent"]["borderline: SR"]["n"] == 4
     )
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {
         "before_after", "search", "probe", "steering", "loss"}  # fmt: skip
     for text in ("Base models", "Gate G1", "The agent's defences", "Claims are judged from three seeds on"):
         assert text in output
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert {line["outcome"] for line in lines} <= {"executed", "refused", "failed"} and len(lines) > 900
+    assert {line["outcome"] for line in lines} <= {"executed", "refused", "failed"} and len(lines) > 300
     assert str(folder.parent) not in (folder / "results.json").read_text()
 
 

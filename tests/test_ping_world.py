@@ -185,7 +185,7 @@ def test_closeness_and_runs_by_hand():
 @pytest.mark.parametrize(
     "changes, told",
     [({"thoughts": "many"}, "--thoughts many: broad or narrow"), ({"stance": 1.0}, "--stance 1.0: a share"),
-     ({"goods": 5}, "--goods 5: at least 10"), ({"tuning": 1}, "--tuning 1: at least 2")],
+     ({"goods": 5}, "--goods 5: at least 15"), ({"tuning": 1}, "--tuning 1: at least 2")],
 )  # fmt: skip
 def test_arguments_that_make_no_world(changes, told):
     with pytest.raises(ValueError, match=told):

@@ -45,7 +45,7 @@ class DeskArguments:
         for name in ("stance", "failing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: a share of at least 0 and below 1")
-        for name, least in (("goods", 10), ("messages", 10), ("trajectories", 10), ("tuning", 2), ("finalists", 2),
+        for name, least in (("goods", 15), ("messages", 15), ("trajectories", 10), ("tuning", 2), ("finalists", 2),
                             ("test_tasks", 2)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
