@@ -281,7 +281,7 @@ def main(argv: list[str]) -> None:
         else:
             print("A toy: tiny models, trained here from scratch. It shows nothing about large models.")
             run.data("made anew from the seeds", dict.fromkeys(TESTS, settings.data.test_tasks))
-            parallel, made = training.world_size == 1, bases(settings)
+            parallel, made = training.world_size == 1 and len(seeds) > 1, bases(settings)
             print("Base models, which are kept in a cache:")
             run_seeds(build, argv, range(len(made)), 2 * PARTS, PRELOAD, parallel,
                       lambda number: f"seed {made[number][0]}")  # fmt: skip

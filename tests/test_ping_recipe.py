@@ -30,7 +30,7 @@ def test_smoke_measures_all_there_is(smoke):
     metrics = results["metrics"]
     assert set(metrics["agents"]) == {"general corpus", "aligned", "agent", "agent + PING", "agent, never aligned",
                                       "agent, never aligned + PING"}  # fmt: skip
-    assert len(metrics["defences"]) == 20 and {gate["gate"] for gate in metrics["gates"]} == {
+    assert len(metrics["defences"]) == 19 and {gate["gate"] for gate in metrics["gates"]} == {
         "G1", "G2", "G3", "G4", "G5"}  # fmt: skip
     assert (
         metrics["agents"]["agent"]["SR"]["n"] == 12
@@ -101,7 +101,8 @@ def test_dry_run_shows_rows_and_leaves_nothing(recipe, tmp_path, capsys):
     [
         (["--controls", "others"], "--controls others"), (["--stance", "1.5"], "--stance 1.5"),
         (["--goods", "500"], "more than there are words"), (["--rounds", "0"], "--rounds 0: at least 1"),
-        (["--thoughts", "deep"], "--thoughts deep: broad or narrow"), (["--constrained", "-1"], "--constrained -1"),
+        (["--thoughts", "deep"], "--thoughts deep: broad or narrow"),
+        (["--constrained", "0.1"], "--constrained is an agent of its own here"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_any_time_is_spent(recipe, tmp_path, flags, told):
