@@ -44,3 +44,5 @@ assert composer.sharded == (engine == "fsdp2")
 trainer.save_model(f"{out}/coefficients")
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print("LOSSES", losses)
+
+PartialState().destroy_process_group()  # else a thread of gloo may outlive the interpreter, which then aborts

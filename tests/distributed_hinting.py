@@ -8,6 +8,7 @@ import os
 import sys
 
 import torch
+from accelerate.state import PartialState
 
 from steerbook.data_builders.task_hinting import HintingDataArguments, make_stream
 from steerbook.trainers.task_hinting import LengthSoftmax, ScratchConfig, named_tokenizer, scratch_model
@@ -33,3 +34,5 @@ trainer.save_model(f"{out}/model")
 if trainer.is_world_process_zero():
     with open(f"{out}/log.json", "w") as file:
         json.dump([entry for entry in trainer.state.log_history if "loss" in entry], file)
+
+PartialState().destroy_process_group()  # else a thread of gloo may outlive the interpreter, which then aborts

@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+from accelerate.state import PartialState
 from datasets import Dataset
 from tiny_models import char_tokenizer, tiny_llama
 
@@ -30,3 +31,5 @@ trainer = LofitSFTTrainer(
 assert trainer.accelerator.num_processes == processes, trainer.accelerator.state
 trainer.train()
 trainer.save_model(f"{out}/adapter")
+
+PartialState().destroy_process_group()  # else a thread of gloo may outlive the interpreter, which then aborts
