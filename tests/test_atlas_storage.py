@@ -282,7 +282,7 @@ def run(n, placement, path):
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
-for n, placement in ((4, "stream"), (16, "stream"), (16, "resident")):  # each in a process of its own
+for n, placement in 3 * ((4, "stream"), (16, "stream"), (16, "resident")):  # each in a process of its own
     child = os.fork()
     if not child:
         print(run(n, placement, Path(sys.argv[1]) / f"{n}.safetensors"), flush=True)
@@ -296,7 +296,8 @@ def test_memory_of_streaming_does_not_grow_with_the_number_of_vectors(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PEAKS, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    few, many, resident = (int(line) / 1024 for line in done.stdout.split())  # MiB
+    # MiB; a peak now and then holds 35 more for the allocator, so the lowest of three counts
+    few, many, resident = (min(int(line) / 1024 for line in done.stdout.split()[kind::3]) for kind in range(3))
     assert many <= 1.1 * few
     # What the bound is worth: the same measure sees 12 more vectors of 8 MiB where they are kept in memory.
     assert resident > many + 60
