@@ -11,6 +11,7 @@ the base models (minutes, kept in a cache). Prints tables, gates, and the claims
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -44,6 +45,7 @@ from steerbook.trainers.ping.generators import GrammarGenerator
 from steerbook.trainers.ping.prefix import Prefix
 from steerbook.trainers.ping.search import PrefixSearch
 from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer
+from steerbook.trainers.ping.watch import Watch
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.stages import run_stage
 from steerbook.trainers.tiny_lm import TinyConfig, new_model
@@ -119,14 +121,31 @@ class Arms:
         if arm.kind != "agent":
             return Fit(AutoModelForCausalLM.from_pretrained(self.base(arm)), [], 0.0, 0)
         model = AutoModelForCausalLM.from_pretrained(self.base(self.planned[arm.start]))
-        args = replace(self.settings.training, constrained=arm.constrained, disable_tqdm=True)
+        args = replace(self.settings.training, constrained=arm.constrained, disable_tqdm=True,
+                       learning_rate=arm.rate * self.settings.training.learning_rate)  # fmt: skip
         adapter = None
         if arm.lora:
             args = replace(args, learning_rate=self.settings.arms.lora_learning_rate)
             rank = self.settings.arms.lora_rank
             adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return run_stage(AgentSFTTrainer, model, self.tokenizer, args, self.folder / arm.key, seed=self.seed,
-                         peft_config=adapter, train_dataset=self.world(None).rows(arm.refused))  # fmt: skip
+                         peft_config=adapter, train_dataset=self.world(None).rows(arm.refused),
+                         callbacks=[self.watch(arm)] if arm.watched else [])  # fmt: skip
+
+    def watch(self, arm: Arm) -> Watch:
+        """Writes what becomes of validation tasks along the training."""
+
+        def look(model: Any, step: int) -> None:
+            rows = run_sets(self.agent(model), self.world(None).tasks, ("validation",), SYSTEM)["validation"]
+            earlier = [one for one in self.trajectory(arm) if one["step"] < step]  # of a run that was interrupted
+            (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / arm.key / "trajectory.json", [*earlier, {"step": step, "rows": rows}])
+
+        return Watch(self.settings.arms.watch_every, look)
+
+    def trajectory(self, arm: Arm) -> list[dict[str, Any]]:
+        file = self.folder / arm.key / "trajectory.json"
+        return json.loads(file.read_text()) if file.exists() else []
 
     def agent(self, model: Any, prefix: Prefix | None = None) -> ModelAgent:
         return ModelAgent(model, self.tokenizer, "words", opening=prefix, tools=None, max_new_tokens=NEW_TOKENS,
@@ -146,6 +165,7 @@ class Arms:
             "stance": self.settings.data.stance if arm.stance is None else arm.stance, "trained": made.trained,
             "seconds": made.seconds, "log": made.log, "peak_memory_bytes": peak_memory(), "sets": sets,
             "talk": {name: talk(agent, world.questions(name)) for name in ("seen", "test")},
+            "trajectory": self.trajectory(arm),
         }  # fmt: skip
         if arm.searched:
             facts |= self.searched(arm, made.model)

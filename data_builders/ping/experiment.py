@@ -37,6 +37,7 @@ class DeskArguments:
     trajectories: int = field(default=600, metadata={"help": "Trajectories to fine-tune agents on."})
     tuning: int = field(default=30, metadata={"help": "Pairs of tasks that a search is told of."})
     finalists: int = field(default=50, metadata={"help": "Pairs of fresh tasks, to choose among its finalists."})
+    validation: int = field(default=30, metadata={"help": "Pairs of tasks that training is watched by."})
     test_tasks: int = field(default=40, metadata={"help": "Pairs of tasks of each test."})
 
     def __post_init__(self) -> None:
@@ -45,8 +46,8 @@ class DeskArguments:
         for name in ("stance", "failing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: a share of at least 0 and below 1")
-        for name, least in (("goods", 15), ("messages", 15), ("trajectories", 10), ("tuning", 2), ("finalists", 2),
-                            ("test_tasks", 2)):  # fmt: skip
+        for name, least in (("goods", 15), ("messages", 15), ("trajectories", 10), ("tuning", 2), ("validation", 2),
+                            ("finalists", 2), ("test_tasks", 2)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
 
@@ -72,6 +73,7 @@ class DeskExperiment:
         sizes = {
             "train": GUARDS,
             "tuning": args.tuning,
+            "validation": args.validation,
             "finalists": args.finalists,
             **dict.fromkeys(TESTS, args.test_tasks),
         }

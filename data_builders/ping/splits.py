@@ -46,7 +46,8 @@ def parts(lexicon: Lexicon, seed: int) -> dict[str, Lexicon]:
 def task_sets(lexicon: Lexicon, sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[Task]]:
     """Tasks by name of the set; `sizes`: how many pairs of twins each has.
 
-    "train"; "tuning" and "finalists" (for a search; each about things of its own); and the tests: "new_template"
+    "train"; "tuning" and "finalists" (for a search; each about things of its own); "validation" (of training: other
+    tasks about the things of "tuning"); and the tests: "new_template"
     (things that training was about, in new sentences), "new_noun" (new things in sentences of training), "contextual"
     (whose file it is decides), "indirect" (new things, asked for without naming the deed), "borderline" (sounds
     harmful, and is not). Raises ValueError for other names.
@@ -58,9 +59,20 @@ def task_sets(lexicon: Lexicon, sizes: Mapping[str, int], seed: int = 0) -> dict
         if name == "borderline":
             made[name] = borderline(lexicon, count, rng)
             continue
-        if name not in ("train", "tuning", "finalists", "new_template", "new_noun", "contextual", "indirect"):
+        if name not in (
+            "train",
+            "tuning",
+            "validation",
+            "finalists",
+            "new_template",
+            "new_noun",
+            "contextual",
+            "indirect",
+        ):
             raise ValueError(f"unknown set of tasks {name!r}")
-        part = {"train": "seen", "new_template": "seen"}.get(name, name if name in cut else "test")
+        part = {"train": "seen", "validation": "tuning", "new_template": "seen"}.get(
+            name, name if name in cut else "test"
+        )
         templates = {"new_template": HELD_OUT, "indirect": INDIRECT}.get(name, TRAINED)
         families = CONTEXTUAL if name == "contextual" else WORDED
         made[name] = [task for pair in pairs(cut[part], families, templates, count, name, rng) for task in pair]

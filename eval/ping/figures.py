@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
 from ..figures import COLOURS, GRID, INK, save, style
 from ..statistics import Metric
+
+Curve: TypeAlias = Sequence[tuple[float, Metric]]
 
 
 def search(pools: Mapping[int, Sequence[tuple[float, float, int]]], winners: Mapping[int, tuple[float, float]],
@@ -50,19 +53,28 @@ def probe(logits: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
     save(figure, path)
 
 
-def lines(curves: Mapping[str, Sequence[tuple[float, Metric]]], path: Path, *, title: str, xlabel: str) -> None:
+def lines(curves: Mapping[str, Curve], path: Path, *, title: str, xlabel: str) -> None:
     """Rates in per cent with intervals along a number, a line a name."""
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (name, points) in enumerate(curves.items()):
-        x = [one for one, _ in points]
-        y = [100 * metric["value"] for _, metric in points]
-        low = [100 * (metric["value"] if metric["low"] is None else metric["low"]) for _, metric in points]
-        high = [100 * (metric["value"] if metric["high"] is None else metric["high"]) for _, metric in points]
-        axes.plot(x, y, color=COLOURS[number], marker="o", markersize=4, linewidth=1.7, label=name)
-        axes.fill_between(x, low, high, color=COLOURS[number], alpha=0.15, linewidth=0)
-    style(axes, title)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set(xlabel=xlabel, ylabel="% of tasks", ylim=(-3, 103))
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(curves))
+    panels({title: curves}, path, title="", xlabel=xlabel)
+
+
+def panels(groups: Mapping[str, Mapping[str, Curve]], path: Path, *, title: str, xlabel: str) -> None:
+    """The same, a panel a group; all have the same names."""
+    figure = Figure(figsize=(max(6.0, 3.2 * len(groups)), 3.4), layout="constrained")
+    places = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, (group, curves) in zip(places, groups.items(), strict=True):
+        for number, (name, points) in enumerate(curves.items()):
+            x = [one for one, _ in points]
+            y = [100 * metric["value"] for _, metric in points]
+            low = [100 * (metric["value"] if metric["low"] is None else metric["low"]) for _, metric in points]
+            high = [100 * (metric["value"] if metric["high"] is None else metric["high"]) for _, metric in points]
+            axes.plot(x, y, color=COLOURS[number], marker="o", markersize=4, linewidth=1.7, label=name)
+            axes.fill_between(x, low, high, color=COLOURS[number], alpha=0.15, linewidth=0)
+        style(axes, group)
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set(xlabel=xlabel, ylim=(-3, 103))
+    places[0].set_ylabel("% of tasks")
+    figure.suptitle(title)
+    handles, names = places[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=9, loc="outside lower center", ncols=len(names))
     save(figure, path)

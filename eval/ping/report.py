@@ -24,6 +24,8 @@ SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }  # fmt: skip
 DOSED = {"RR": ("", "RR"), "RR, own prefix": ("PING", "RR"), "SR": ("", "SR"), "SR, own prefix": ("PING", "SR")}
 
+WATCHED = ("SR", "ASR", "RR")
+
 
 def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
     """Fill the run folder."""
@@ -34,7 +36,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
         metrics={
             "before": found.get("aligned", {}), "after": found.get("agent", {}), "agents": found,
             "defences": {name: defence(results, where) for name, where in _defences(results).items()},
-            "gates": gates(results), "doses": doses(results),
+            "gates": gates(results), "doses": doses(results), "trajectories": trajectories(results),
             "searches": {str(seed): _search(arms) for seed, arms in records.items()},
             "seeds": results.seeds,
         },
@@ -81,6 +83,12 @@ def doses(results: Results) -> dict[str, dict[str, Metric]]:
     return made
 
 
+def trajectories(results: Results) -> dict[str, dict[str, list[tuple[int, Metric]]]]:
+    """Agent -> rate -> step and value on validation tasks."""
+    made = {label: {rate: results.trajectory(key, rate) for rate in WATCHED} for key, label in results.arms().items()}
+    return {label: found for label, found in made.items() if found["SR"]}
+
+
 def show(run: RunFolder) -> None:
     """Print the tables, the searches, gates, claims and where everything is; on rank 0."""
     if not is_main_process():
@@ -101,6 +109,9 @@ def show(run: RunFolder) -> None:
         results_table(
             rows, ["stances in talk, %", *DOSED], f"Doses of stances, seed {metrics['seeds'][0]}, new things"
         )
+    for name, found in metrics["trajectories"].items():
+        steps = (f"{step}: {100 * one['value']:.0f}" for step, one in found["SR"])
+        console.print(f"{name}, SR on validation tasks by steps of training: {', '.join(steps)}")
     for seed, found in metrics["searches"].items():
         for name, one in found.items():
             console.print(
@@ -173,6 +184,9 @@ def _draw(run: RunFolder, results: Results) -> None:
         logits = {opening: {title: results.probe(opening, name) for title, name in positions.items()}
                   for opening in ("none", "PING", "suffix")}  # fmt: skip
         figures.probe(logits, run.figure("probe"))
+    if watched := trajectories(results):
+        figures.panels(watched, run.figure("trajectory"), title="Validation tasks along the fine-tuning",
+                       xlabel="steps")  # fmt: skip
     _dose(run, results)
     _steering(run, results)
     curve = {

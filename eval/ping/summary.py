@@ -86,6 +86,16 @@ class Results:
                  for arms in self.records.values() if arm in arms]  # fmt: skip
         return seed_metric(found, share=True) if found else None
 
+    def trajectory(self, arm: str, rate: str) -> list[tuple[int, Metric]]:
+        """Steps of training, and the rate on validation tasks over the seeds."""
+        steps: dict[int, list[tuple[list[float], list[Any]]]] = {}
+        for seed, arms in self.records.items():
+            for one in arms.get(arm, {}).get("trajectory", ()):
+                values, about = _scores(one["rows"], rate)
+                steps.setdefault(one["step"], []).append((values, [(seed, name) for name in about]))
+        return [(step, seed_metric([one for one, _ in found], [about for _, about in found], share=True))
+                for step, found in sorted(steps.items())]  # fmt: skip
+
     def probe(self, opening: str, name: str) -> list[float]:
         """Of every seed that has it."""
         return [arms["agent"]["probe"][opening][name] for arms in self.records.values()

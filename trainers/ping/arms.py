@@ -8,6 +8,8 @@ from typing import Literal
 MIXED = (0.01, 0.05, 0.1)  # shares of refusals among trajectories (spec 6.6)
 DOSES = (0.0, 0.01, 0.05)  # of stances in the general corpus, beside the default one (spec 6.3)
 BETA = 0.1  # of constrained fine-tuning, as its paper has it
+RATES = {"half": 0.5, "twice": 2.0}  # times the learning rate
+CONTROLS = ("never", "mixed", "lora", "constrained", "rates")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Arm:
     refused: float = 0.0
     constrained: float = 0.0
     lora: bool = False
+    rate: float = 1.0
     stance: float | None = None
 
     @property
@@ -29,6 +32,11 @@ class Arm:
         doses."""
         return self.key in ("agent", "never") or (self.kind == "agent" and self.stance is not None)
 
+    @property
+    def watched(self) -> bool:
+        """Whether it is measured along its training, too: the agent, with LoRA, and with other learning rates."""
+        return self.key in ("agent", "lora") or self.rate != 1
+
 
 @dataclass
 class ArmArguments:
@@ -36,13 +44,17 @@ class ArmArguments:
 
     controls: list[str] = field(
         default_factory=lambda: ["never", "mixed", "lora", "constrained"],
-        metadata={"help": "Agents beside the first: never (aligned), mixed (with refusals), lora, constrained."},
+        metadata={
+            "help": "Agents beside the first: never (aligned), mixed (with refusals), lora, constrained, rates "
+            "(half and twice the learning rate)."
+        },
     )
     doses: bool = field(default=True, metadata={"help": "Models with other doses of stances, of the first seed."})
     base_steps: int = field(default=900, metadata={"help": "Steps of the general corpus."})
     aligned_steps: int = field(default=250, metadata={"help": "Steps of alignment."})
     lora_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the lora control."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the lora control."})
+    watch_every: int = field(default=15, metadata={"help": "Steps of training between two measurements."})
     candidates: int = field(default=5, metadata={"help": "Prefixes that are proposed in a round (M)."})
     rounds: int = field(default=20, metadata={"help": "Rounds of the search (T)."})
     shown: int = field(default=3, metadata={"help": "Of each list of the best, how many a generator is shown (k)."})
@@ -56,15 +68,15 @@ class ArmArguments:
     turns: str = field(default="first", metadata={"help": "Replies that begin with the prefix: first or every."})
 
     def __post_init__(self) -> None:
-        known = ("never", "mixed", "lora", "constrained")
-        if unknown := [name for name in self.controls if name not in known]:
-            raise ValueError(f"--controls {unknown[0]}: any of {', '.join(known)}")
+        if unknown := [name for name in self.controls if name not in CONTROLS]:
+            raise ValueError(f"--controls {unknown[0]}: any of {', '.join(CONTROLS)}")
         for name, values in (("scored_by", ("first_turn", "episodes")), ("turns", ("first", "every"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"--{name} {getattr(self, name)}: {' or '.join(values)}")
         if self.threshold is None:
             self.threshold = 1.5 if self.scored_by == "first_turn" else 1.0
-        for name in ("base_steps", "aligned_steps", "candidates", "rounds", "shown", "lora_rank"):
+        for name in ("base_steps", "aligned_steps", "candidates", "rounds", "shown", "lora_rank",
+                     "watch_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
 
@@ -81,6 +93,9 @@ class ArmArguments:
             made.append(Arm("lora", "agent, LoRA", "agent", "aligned", lora=True))
         if "constrained" in self.controls:
             made.append(Arm("constrained", "agent, constrained", "agent", "aligned", constrained=BETA))
+        if "rates" in self.controls:
+            made += [Arm(name, f"agent, {name} the rate", "agent", "aligned", rate=times)
+                     for name, times in RATES.items()]  # fmt: skip
         for dose in DOSES if doses and self.doses else ():
             name, words = f"{100 * dose:g}", f", {100 * dose:g} % stances"
             made += [Arm(f"base_{name}", f"general corpus{words}", "base", stance=dose),
