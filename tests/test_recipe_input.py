@@ -374,8 +374,8 @@ def test_interrupted_run_continues_without_repeating(recipe, real, tmp_path, mon
 
 
 def test_loss_that_is_no_number_keeps_the_earlier_arms(error, real, tmp_path):
-    text = error(*real, "--lora_learning_rate", "1e30", "--max_steps", "5")
-    assert "nan" in text and "--learning_rate" in text and "1e+30" in text
+    text = error(*real, "--lora_learning_rate", "3e37", "--max_steps", "5")
+    assert "nan" in text and "--learning_rate" in text and "3e+37" in text
     assert results(tmp_path)["status"] == "failed"
     assert "NonFiniteError" in results(tmp_path)["error"]
     assert measured(tmp_path).keys() == {"base", "lofit_k2"}

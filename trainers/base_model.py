@@ -55,4 +55,13 @@ def load_base(
         raise OSError(f"cannot load --model_name_or_path {name} ({reason})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    keep_4bit(model)
     return (model if quantization is not None else model.to(device)).eval(), tokenizer
+
+
+def keep_4bit(model: torch.nn.Module) -> None:
+    """On CPUs with AVX512-BF16 the first evaluation would pack 4-bit weights into another form, in place: one that
+    cannot be trained through, merged or saved (bitsandbytes 0.50, issue 2078)."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
