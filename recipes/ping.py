@@ -51,11 +51,11 @@ from steerbook.trainers.stages import run_stage
 from steerbook.trainers.tiny_lm import TinyConfig, new_model
 
 COMMON = {
-    "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 32, "max_length": 512,
+    "learning_rate": 5e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "per_device_train_batch_size": 32, "max_length": 512,
     "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length", "save_strategy": "no",
     "logging_steps": 20, "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 45, "threshold": 1.0},
+    "default": COMMON | {"seeds": [0, 1, 2], "max_steps": 60, "threshold": 1.0},
     "smoke": COMMON | {
         "seeds": [0], "goods": 16, "messages": 16, "base_steps": 30, "aligned_steps": 20, "max_steps": 6,
         "trajectories": 100, "controls": ["never"], "doses": False, "rounds": 2, "tuning": 5, "finalists": 3,
