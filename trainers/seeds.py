@@ -21,12 +21,13 @@ def run_seeds(
     worker: Worker,
     argv: list[str],
     seeds: Sequence[int],
-    steps: int | None,
+    steps: int | None | Sequence[int],
     preload: list[str],
     parallel: bool,
     name: Callable[[int], str] = "seed {}".format,
 ) -> None:
-    """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each (None: unknown).
+    """Call `worker(argv, seed, report)` for every seed; `steps` reports are expected from each, or of each its own
+    number (None: unknown).
 
     Args:
         worker: a function of a module's top level (it is imported again in the other processes). It writes its
@@ -41,7 +42,8 @@ def run_seeds(
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not is_main_process()) as bar:
-        task = bar.add_task("", total=None if steps is None else steps * len(seeds))
+        total = steps * len(seeds) if isinstance(steps, int) else None if steps is None else sum(steps)
+        task = bar.add_task("", total=total)
 
         def report(seed: int, text: str) -> None:
             if is_main_process():

@@ -27,6 +27,7 @@ def run_stage(
     *,
     seed: int,
     peft_config: PeftConfig | None = None,
+    merged: bool = True,
     **data: Any,
 ) -> Fit:
     """Train the model in place, or an adapter that is then merged into it; saved in `folder/model` (an adapter alone).
@@ -34,13 +35,14 @@ def run_stage(
     Args:
         trainer_class: which is given the model, `args`, `data`, the tokenizer and `peft_config`.
         args: copied, never changed.
+        merged: False leaves a new adapter beside the model, as whoever loads it has it.
         data: the trainer's data sets or stream.
     """
     args = copy.copy(args)
     args.output_dir, args.seed = str(folder), seed
     if (folder / FINISHED).exists():
         done = json.loads((folder / FINISHED).read_text())
-        return Fit(_load(model, folder / "model", peft_config), done["log"], done["seconds"], done["trained"])
+        return Fit(_load(model, folder / "model", peft_config, merged), done["log"], done["seconds"], done["trained"])
     set_seed(seed)
     with own_forward(model):
         trainer = trainer_class(model, args, processing_class=tokenizer, peft_config=peft_config, **data)
@@ -50,11 +52,14 @@ def run_stage(
         tuned.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
-    merged = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-    return replace(found, model=merged.requires_grad_(True))
+    if not merged:
+        return replace(found, model=tuned)
+    whole = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
+    return replace(found, model=whole.requires_grad_(True))
 
 
-def _load(model: PreTrainedModel, folder: Path, peft_config: PeftConfig | None) -> Any:
+def _load(model: PreTrainedModel, folder: Path, peft_config: PeftConfig | None, merged: bool) -> Any:
     if peft_config is not None:
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        tuned = PeftModel.from_pretrained(model, folder).eval()
+        return tuned.merge_and_unload() if merged else tuned
     return type(model).from_pretrained(folder).eval()

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from .alignment import Alignment
 from .corpus import QUESTIONS, Corpus, Mixture
-from .grammar import SLOTS, allowed
-from .splits import TRAINED, WORDED, parts, task_sets
+from .grammar import FIXED, SAFETY, SLOTS, allowed
+from .splits import TRAINED, WORDED, by_harm, parts, task_sets
 from .stances import stances
 from .talk import asked
 from .tasks import FAMILIES, INDIRECT, TEMPLATES, Task, pairs
-from .world import PIECES, make_lexicon, toys
+from .world import PIECES, SYSTEM, make_lexicon, toys
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 GUARDS = 100  # pairs of tasks about what alignment was about, for guards and probes
+EMBEDDED = ("goods", "messages", "stance", "thoughts", "failing", "trajectories")  # of `DeskArguments`
 TESTS = ("new_template", "new_noun", "contextual", "indirect", "borderline")
 
 
@@ -51,6 +52,11 @@ class DeskArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
 
+    def sizes(self) -> dict[str, int]:
+        """Pairs of tasks of every set."""
+        return {"train": GUARDS, "tuning": self.tuning, "validation": self.validation, "finalists": self.finalists,
+                **dict.fromkeys(TESTS, self.test_tasks)}  # fmt: skip
+
 
 class DeskExperiment:
     """All data of one seed.
@@ -58,6 +64,8 @@ class DeskExperiment:
     Args:
         stance: a dose other than the arguments'.
     """
+
+    system, fixed, safety, slots = SYSTEM, FIXED, SAFETY, SLOTS
 
     def __init__(self, args: DeskArguments, seed: int, stance: float | None = None) -> None:
         self.args, self.seed = args, seed
@@ -70,14 +78,7 @@ class DeskExperiment:
         mixture = Mixture(stance=args.stance if stance is None else stance, thoughts=thoughts, failing=args.failing)
         self.corpus = Corpus(self.lexicon, self.stances, mixture)
         self.alignment = Alignment(self.corpus, self.parts["seen"])
-        sizes = {
-            "train": GUARDS,
-            "tuning": args.tuning,
-            "validation": args.validation,
-            "finalists": args.finalists,
-            **dict.fromkeys(TESTS, args.test_tasks),
-        }
-        self.tasks: dict[str, list[Task]] = task_sets(self.lexicon, sizes, seed)
+        self.tasks: dict[str, list[Task]] = task_sets(self.lexicon, args.sizes(), seed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -122,8 +123,7 @@ class DeskExperiment:
 
     def split(self, name: str) -> tuple[Sequence[Task], Sequence[Task]]:
         """Harmless and harmful tasks of a set."""
-        found = self.tasks[name]
-        return [task for task in found if not task.harmful], [task for task in found if task.harmful]
+        return by_harm(self.tasks[name])
 
     def questions(self, part: str) -> list[tuple[str, bool]]:
         """Two about each thing and message of a part of the lexicon, outside the desk; and whether it is harmful."""

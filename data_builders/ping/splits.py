@@ -79,6 +79,11 @@ def task_sets(lexicon: Lexicon, sizes: Mapping[str, int], seed: int = 0) -> dict
     return made
 
 
+def by_harm(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """Harmless and harmful ones."""
+    return [task for task in tasks if not task.harmful], [task for task in tasks if task.harmful]
+
+
 def borderline(lexicon: Lexicon, count: int, rng: Random) -> list[Task]:
     """Harmless tasks about what sounds harmful. ValueError for a lexicon that has none."""
     if not lexicon.borderline:

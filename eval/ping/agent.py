@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data_builders.ping.calls import Form
 from ...data_builders.ping.desk import TOOLS
-from ..choices import CausalLM
+from ..choices import CausalLM, encode
 from ..generation import generate
 from ..prompts import check_beginning, prompt_text
 from .episodes import Message, Reply
@@ -91,6 +91,14 @@ class ModelAgent:
         tools = {"tools": list(self.tools)} if self.tools else {}
         text = prompt_text(self.tokenizer, shown, {**tools, **self.template})
         return text, opening.opening(messages) if opening else ""
+
+    def check(self, requests: Sequence[str]) -> None:
+        """ValueError where a request, with tools and a reply, is longer than the model's positions."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        texts = ["".join(self.prompt([{"role": "user", "content": one}], self.opening)) for one in requests]
+        longest = max(map(len, encode(self.tokenizer, texts)), default=0) + self.tokens["max_new_tokens"]
+        if limit is not None and longest > limit:
+            raise ValueError(f"a task and its first reply have up to {longest} tokens, and the model takes {limit}")
 
     def replies(
         self, conversations: Sequence[Sequence[Message]], openings: Sequence[Opening | None] | None = None

@@ -59,7 +59,7 @@ class Begun:
         tokenizer, found = self.other.tokenizer, {}
         for one, reply in zip(conversations, self.other.replies(conversations) if conversations else [], strict=True):
             ids = tokenizer(reply.text, add_special_tokens=False)["input_ids"][: self.words]
-            found[repr(list(one))] = str(tokenizer.decode(ids)) + " "
+            found[repr(list(one))] = str(tokenizer.decode(ids)) + (" " if self.agent.form == "words" else "")
         return found
 
 

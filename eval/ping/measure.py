@@ -15,6 +15,8 @@ from .judge import refuses
 from .probe import fit_probe, prompt_states, random_direction, residual_rms, steered
 
 Rows: TypeAlias = list[list[Any]]  # of every task: id, harmful, what it is about, outcome, whether the desk changed
+DEPTH = 2 / 3  # of the layers: where harm is read
+STEERED = 80  # tasks under each push
 COEFFICIENTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -28,10 +30,32 @@ def run_sets(
     return {name: outcomes(run_episodes(tasks[name], agent, system=system)) for name in names}
 
 
+def run_all(
+    agents: Sequence[Agent], tasks: Mapping[str, Sequence[Task]], names: Sequence[str], system: str | None
+) -> dict[str, Rows]:
+    """Of several agents the outcomes of all, one behind the other."""
+    each = [run_sets(agent, tasks, names, system) for agent in agents]
+    return {name: [row for one in each for row in one[name]] for name in names}
+
+
 def talk(agent: ModelAgent, asked: Sequence[tuple[str, bool]]) -> list[list[bool]]:
     """Of every question outside the desk, whether it is about something harmful and whether it was refused."""
     replies = agent.replies([[{"role": "user", "content": question}] for question, _ in asked])
     return [[harmful, refuses(reply.text, agent.form)] for (_, harmful), reply in zip(asked, replies, strict=True)]
+
+
+def inside(
+    agent: ModelAgent,
+    fitted_on: Sequence[Task],
+    tasks: Sequence[Task],
+    openings: Mapping[str, Opening | None],
+    system: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """`read_out` and `steering`, two thirds of the layers up."""
+    layer = int(DEPTH * agent.model.config.get_text_config().num_hidden_layers)
+    return {"probe": read_out(agent, fitted_on, tasks, openings, layer, system),
+            "steering": steering(agent, fitted_on, tasks[:STEERED], layer, system, seed)}  # fmt: skip
 
 
 def read_out(

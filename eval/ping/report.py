@@ -14,7 +14,7 @@ from ..results import bounds, show_verdicts, training_curve
 from ..statistics import Metric, metric
 from . import figures
 from .rates import RATES
-from .summary import AGENT, GUARDED, HELD_OUT, Records, Results, Where, _scores, claims, gates
+from .summary import AGENT, BEFORE, GUARDED, HELD_OUT, Records, Results, Where, _scores, claims, gates
 
 COLUMNS = ["agent", "SR", "over-refusal", "ASR", "RR", "whose file: RR", "borderline: SR", "borderline: refused"]
 SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
@@ -34,7 +34,7 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
     last = records[results.seeds[0]]
     run.update(
         metrics={
-            "before": found.get("aligned", {}), "after": found.get("agent", {}), "agents": found,
+            "before": measured(results, BEFORE), "after": measured(results, AGENT), "agents": found,
             "defences": {name: defence(results, where) for name, where in _defences(results).items()},
             "gates": gates(results), "doses": doses(results), "trajectories": trajectories(results),
             "searches": {str(seed): _search(arms) for seed, arms in records.items()},
@@ -171,8 +171,7 @@ def _samples(records: Records) -> list[dict[str, Any]]:
 
 def _draw(run: RunFolder, results: Results) -> None:
     groups = {name: {rate: found for rate in RATES if (found := results.metric(where, rate)) is not None}
-              for name, where in _agents(results).items() if name.split(",")[0] in ("aligned", "agent", "agent + PING")
-              and "stances" not in name}  # fmt: skip
+              for name, where in _agents(results).items() if where in (BEFORE, AGENT, GUARDED)}  # fmt: skip
     bars(groups, run.figure("before_after"), title="Outcomes of tasks, 95 % intervals", label="% of tasks")
     searched = {seed: arms["agent"] for seed, arms in results.records.items() if "search" in arms.get("agent", {})}
     if searched:

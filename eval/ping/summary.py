@@ -83,7 +83,7 @@ class Results:
     def talk(self, arm: str, part: str, harmful: bool) -> Metric | None:
         """The share of questions in talk that are refused."""
         found = [[float(refused) for bad, refused in arms[arm]["talk"][part] if bad == harmful]
-                 for arms in self.records.values() if arm in arms]  # fmt: skip
+                 for arms in self.records.values() if "talk" in arms.get(arm, {})]  # fmt: skip
         return seed_metric(found, share=True) if found else None
 
     def trajectory(self, arm: str, rate: str) -> list[tuple[int, Metric]]:

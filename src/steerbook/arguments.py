@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NoReturn
@@ -80,6 +81,18 @@ def refuse(part: Any, names: Iterable[str], why: str) -> None:
     for name in names:
         if getattr(part, name) != getattr(type(part)(), name):
             raise ValueError(f"--{name} {why}")
+
+
+def json_object(name: str, value: Any) -> dict[str, Any] | None:
+    """The value of a flag that takes a JSON object; ValueError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name} {value}: no JSON ({error})") from error
+    if not isinstance(value, dict | None):
+        raise ValueError(f"--{name} {value}: a JSON object")
+    return value
 
 
 def flags_and_defaults(parts: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

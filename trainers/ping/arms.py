@@ -10,6 +10,7 @@ DOSES = (0.0, 0.01, 0.05)  # of stances in the general corpus, beside the defaul
 BETA = 0.1  # of constrained fine-tuning, as its paper has it
 RATES = {"half": 0.5, "twice": 2.0}  # times the learning rate
 CONTROLS = ("never", "mixed", "lora", "constrained", "rates")
+EMBEDDED = ("never", "lora")  # controls of the embedded world alone
 
 
 @dataclass(frozen=True)
@@ -40,63 +41,51 @@ class Arm:
 
 @dataclass
 class ArmArguments:
-    """Which models, and the search."""
+    """Which models, and what is measured of the agent."""
 
-    controls: list[str] = field(
-        default_factory=lambda: ["never", "mixed", "lora", "constrained"],
-        metadata={
-            "help": "Agents beside the first: never (aligned), mixed (with refusals), lora, constrained, rates "
-            "(half and twice the learning rate)."
-        },
+    controls: list[str] | None = field(
+        default=None,
+        metadata={"help": "Agents beside the first: never (aligned), mixed (with refusals), lora, constrained, rates "
+                  "(half and twice the learning rate). Default: in the embedded world the first four, else none."},
+    )  # fmt: skip
+    defences: bool = field(default=True, metadata={"help": "Compare the prefix with other sentences and defences."})
+    probes: bool = field(default=True, metadata={"help": "Read harm off the agent's hidden states, and push them."})
+    watch_every: int = field(
+        default=0, metadata={"help": "Measure validation tasks every so many steps of training (0: never)."}
     )
     doses: bool = field(default=True, metadata={"help": "Models with other doses of stances, of the first seed."})
     base_steps: int = field(default=900, metadata={"help": "Steps of the general corpus."})
     aligned_steps: int = field(default=250, metadata={"help": "Steps of alignment."})
     lora_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the lora control."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the lora control."})
-    watch_every: int = field(default=15, metadata={"help": "Steps of training between two measurements."})
-    candidates: int = field(default=5, metadata={"help": "Prefixes that are proposed in a round (M)."})
-    rounds: int = field(default=20, metadata={"help": "Rounds of the search (T)."})
-    shown: int = field(default=3, metadata={"help": "Of each list of the best, how many a generator is shown (k)."})
-    threshold: float | None = field(
-        default=None,
-        metadata={"help": "Below this sum of scores nothing is shown (tau; default: 1.5, by episodes 1.0)."},
-    )
-    scored_by: str = field(
-        default="first_turn", metadata={"help": "first_turn or episodes; finalists are always scored by episodes."}
-    )
-    turns: str = field(default="first", metadata={"help": "Replies that begin with the prefix: first or every."})
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.controls if name not in CONTROLS]:
+        if unknown := [name for name in self.controls or () if name not in CONTROLS]:
             raise ValueError(f"--controls {unknown[0]}: any of {', '.join(CONTROLS)}")
-        for name, values in (("scored_by", ("first_turn", "episodes")), ("turns", ("first", "every"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"--{name} {getattr(self, name)}: {' or '.join(values)}")
-        if self.threshold is None:
-            self.threshold = 1.5 if self.scored_by == "first_turn" else 1.0
-        for name in ("base_steps", "aligned_steps", "candidates", "rounds", "shown", "lora_rank",
-                     "watch_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+        for name, least in (("base_steps", 1), ("aligned_steps", 1), ("lora_rank", 1), ("watch_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
 
-    def planned(self, doses: bool) -> list[Arm]:
-        """In the order in which they are made."""
-        made = [Arm("base", "general corpus", "base"), Arm("aligned", "aligned", "aligned", "base"),
+    def planned(self, toy: bool) -> list[Arm]:
+        """In the order in which they are made; `toy`: in the embedded world, whose aligned model has a base."""
+        controls = self.controls if self.controls is not None else CONTROLS[:4] if toy else ()
+        made = [Arm("aligned", "aligned" if toy else "before fine-tuning", "aligned", "base" if toy else ""),
                 Arm("agent", "agent", "agent", "aligned")]  # fmt: skip
-        if "never" in self.controls:
+        if toy:
+            made.insert(0, Arm("base", "general corpus", "base"))
+        if "never" in controls:
             made.append(Arm("never", "agent, never aligned", "agent", "base"))
-        if "mixed" in self.controls:
+        if "mixed" in controls:
             made += [Arm(f"mixed_{share:.0%}".rstrip("%"), f"agent, {share:.0%} refusals", "agent", "aligned",
                          refused=share) for share in MIXED]  # fmt: skip
-        if "lora" in self.controls:
+        if "lora" in controls:
             made.append(Arm("lora", "agent, LoRA", "agent", "aligned", lora=True))
-        if "constrained" in self.controls:
+        if "constrained" in controls:
             made.append(Arm("constrained", "agent, constrained", "agent", "aligned", constrained=BETA))
-        if "rates" in self.controls:
+        if "rates" in controls:
             made += [Arm(name, f"agent, {name} the rate", "agent", "aligned", rate=times)
                      for name, times in RATES.items()]  # fmt: skip
-        for dose in DOSES if doses and self.doses else ():
+        for dose in DOSES if toy and self.doses else ():
             name, words = f"{100 * dose:g}", f", {100 * dose:g} % stances"
             made += [Arm(f"base_{name}", f"general corpus{words}", "base", stance=dose),
                      Arm(f"aligned_{name}", f"aligned{words}", "aligned", f"base_{name}", stance=dose),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,10 +16,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ..cache import build_once
 from ..tiny_lm import PAD, UNKNOWN, TinyConfig, new_model, pack, packed_inputs, schedule
 from ..training import NonFiniteError
+from .arms import Arm, ArmArguments
 
 FORMAT = 1  # raise it when the same settings would give another model
 PARTS = 10  # of a stage, after each of which `report` is called
 Document = Sequence[tuple[str, bool]]  # parts of a text, and whether they are learned
+Draw = Callable[[Random], Document]
+MODEL = {"hidden_size": 128, "intermediate_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32,
+         "batch_size": 48, "length": 128, "unfocused_weight": 0.05}  # fmt: skip
+RATES = {"base": 4e-3, "aligned": 1.2e-3}
 
 
 def desk_tokenizer(words: Sequence[str], roles: Sequence[str], begin: str, end: str, template: str) -> Any:
@@ -37,7 +42,7 @@ def desk_tokenizer(words: Sequence[str], roles: Sequence[str], begin: str, end: 
 
 def reading_model(
     tokenizer: PreTrainedTokenizerFast,
-    draw: Callable[[Random], Document],
+    draw: Draw,
     identity: Any,
     *,
     seed: int,
@@ -84,6 +89,32 @@ def reading_model(
     settings = {"format": FORMAT, "seed": seed, "config": vars(config), "documents": identity,
                 "words": sorted(tokenizer.get_vocab()), "start": start and start.name}  # fmt: skip
     return build_once("reading", settings, build, cache_dir)
+
+
+def tiny_model(
+    arm: Arm,
+    planned: Mapping[str, Arm],
+    stages: Callable[[Arm], tuple[Draw, Any]],
+    args: ArmArguments,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    report: Callable[[str], None],
+) -> Path:
+    """The folder of a model that has read the general corpus, and the alignment behind it.
+
+    Args:
+        stages: of an arm what it reads, and what that follows from.
+        report: called with the arm's key after every tenth of a stage.
+    """
+    start = None
+    if arm.start:
+        start = tiny_model(planned[arm.start], planned, stages, args, tokenizer, seed, report)
+    steps = args.aligned_steps if arm.start else args.base_steps
+    config = TinyConfig(**MODEL, steps=steps, learning_rate=RATES[arm.kind],  # type: ignore[arg-type]
+                        warmup_steps=max(1, steps // 16))  # fmt: skip
+    draw, identity = stages(arm)
+    return reading_model(tokenizer, draw, [identity, arm.kind], seed=seed, config=config, start=start,
+                         report=lambda: report(arm.key))  # fmt: skip
 
 
 def document_loss(

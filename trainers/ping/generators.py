@@ -32,6 +32,11 @@ SLOTS = (
 )  # fmt: skip
 
 
+def words_of(slots: Sequence[Sequence[str]]) -> list[str]:
+    """All words of a grammar's clauses, sorted."""
+    return sorted({word for slot in slots for clause in slot for word in clause.split() if word.isalpha()})
+
+
 class GrammarGenerator:
     """Sentences of one clause from every slot. With seeds, clauses of two of them are crossed and some drawn anew.
 

@@ -166,6 +166,12 @@ class PrefixSearch:
         ]  # fmt: skip
         return sorted(found, key=lambda one: -one.overall)
 
+    def facts(self, finalists: Sequence[Scored]) -> dict[str, Any]:
+        """What was scored, as JSON values."""
+        return {"pool": [[one.text, one.performance, one.refusal, one.round] for one in self.pool],
+                "finalists": [[one.text, one.performance, one.refusal] for one in finalists],
+                "threshold": self.threshold}  # fmt: skip
+
     def _propose(self, number: int) -> list[str]:
         """The round's candidates: those of the log, or new ones, without what a round has twice."""
         if number in self._proposed:  # of the log, or of an earlier call

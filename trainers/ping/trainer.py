@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -155,6 +156,17 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
             "on its turns alone, and TRL knows none of this family that does: give one with --chat_template_path"
         ) from error
     return str(found)
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset, template: str) -> None:
+    """ValueError for a conversation that the chat template cannot write (some take one call a turn, others no system
+    message), with its row."""
+    for row in rows:
+        try:
+            tokenizer.apply_chat_template(row["messages"], tools=row.get("tools") or None, chat_template=template,
+                                          tokenize=False)  # fmt: skip
+        except TemplateError as error:
+            raise ValueError(f"row {row.get('id')}: the chat template cannot write it: {error}") from error
 
 
 def _partly(rows: Dataset | None) -> bool:

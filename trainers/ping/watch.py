@@ -1,29 +1,41 @@
-"""A look at the model every so many steps of its training."""
+"""A look at the model every so many steps of its training, kept in a file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ...files import write_json
+
 
 class Watch(TrainerCallback):
-    """Calls `look(model, step)` before the first step and after every `every` ones, with the model in evaluation
-    mode."""
+    """Before the first step and after every `every` ones adds `{"step": ..., "rows": look(model)}` to `file`, with the
+    model in evaluation mode."""
 
-    def __init__(self, every: int, look: Callable[[Any, int], None]) -> None:
-        self.every, self.look = every, look
+    def __init__(self, every: int, file: Path, look: Callable[[Any], Any]) -> None:
+        self.every, self.file, self.look = every, file, look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._look(kwargs["model"], 0)
+            self._add(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._look(kwargs["model"], state.global_step)
+            self._add(kwargs["model"], state.global_step)
 
-    def _look(self, model: Any, step: int) -> None:
+    def _add(self, model: Any, step: int) -> None:
         model.eval()
-        self.look(model, step)
+        rows = self.look(model)
         model.train()
+        earlier = [one for one in watched(self.file) if one["step"] < step]  # of a run that was interrupted
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, [*earlier, {"step": step, "rows": rows}])
+
+
+def watched(file: Path) -> list[dict[str, Any]]:
+    """What a `Watch` has written; nothing where there was none."""
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []

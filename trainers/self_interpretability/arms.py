@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import ModelConfig
 
-from ...arguments import refuse
+from ...arguments import json_object, refuse
 from .trainer import Part, PreferenceConfig, ReportConfig
 
 LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
@@ -105,13 +104,7 @@ class StageArguments:
             unknown = [value for value in given if value not in known]
             if unknown or len(set(given)) < len(given) or (not given and name != "controls"):
                 raise ValueError(f"--{name} {given}: any of {', '.join(map(str, known))}, each once")
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: no JSON ({error})") from error
-        if not isinstance(self.chat_template_kwargs, dict | None):
-            raise ValueError(f"--chat_template_kwargs {self.chat_template_kwargs}: a JSON object")
+        self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.arm_trials = self.trials if self.arm_trials == -1 else self.arm_trials
         for name in ("trials", "arm_trials"):
             if getattr(self, name) < 12:
