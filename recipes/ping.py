@@ -45,7 +45,7 @@ from steerbook.trainers.fits import Fit
 from steerbook.trainers.ping.arms import Arm, ArmArguments
 from steerbook.trainers.ping.base import MODEL, PARTS, desk_tokenizer
 from steerbook.trainers.ping.generators import GrammarGenerator, words_of
-from steerbook.trainers.ping.options import PretrainedArguments, SearchArguments, check
+from steerbook.trainers.ping.options import PRETRAINED, WORLD, PretrainedArguments, SearchArguments, check
 from steerbook.trainers.ping.prefix import Prefix
 from steerbook.trainers.ping.search import PrefixSearch
 from steerbook.trainers.ping.sides import Pretrained, Tiny
@@ -105,29 +105,9 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
     refuse(settings.rows, ("rows_seed", "refusals"), "has no effect here: give --seeds and --controls mixed")
-    if toy:
-        refuse(settings.rows, vars(settings.rows), "is for a pretrained model")
-    else:
-        refuse(settings.data, EMBEDDED, "is of the embedded world")
+    refuse(*((settings.rows, vars(settings.rows), PRETRAINED) if toy else (settings.data, EMBEDDED, WORLD)))
     check(settings.arms, settings.search, settings.pretrained, settings.training, settings.model)
     return settings
-
-
-def make_side(settings: Settings, seed: int, report: Any = None) -> tuple[Any, Any]:
-    """The data of a seed, and where its models come from."""
-    if not settings.toy:
-        data = OfficeExperiment(settings.data, settings.rows, seed)
-        return data, Pretrained(settings.arms, settings.model, settings.training, settings.pretrained,
-                                settings.search, form_of)  # fmt: skip
-    world = DeskExperiment(settings.data, seed)
-
-    def stages(arm: Arm) -> Any:
-        dosed = world if arm.stance is None else DeskExperiment(settings.data, seed, arm.stance)
-        return (dosed.alignment if arm.kind == "aligned" else dosed.corpus).draw, dosed.identity
-
-    tokenizer = desk_tokenizer(world.words(), ROLES, BOS, END, TEMPLATE)
-    grammar = GrammarGenerator(world.slots, allowed=world.allowed())
-    return world, Tiny(settings.arms, seed, tokenizer, stages, grammar, report)
 
 
 class Arms:
@@ -135,32 +115,40 @@ class Arms:
 
     def __init__(self, settings: Settings, seed: int, report: Any = None) -> None:
         self.settings, self.seed = settings, seed
-        self.data, self.side = make_side(settings, seed, report)
-        self.planned = self.side.planned
         self.folder = Path(settings.training.output_dir) / f"seed_{seed}"
+        if not settings.toy:
+            self.data: Any = OfficeExperiment(settings.data, settings.rows, seed)
+            self.side: Any = Pretrained(settings.arms, settings.model, settings.training, settings.pretrained,
+                                        settings.search, form_of)  # fmt: skip
+            return
+        self.data = world = DeskExperiment(settings.data, seed)
+
+        def stages(arm: Arm) -> Any:
+            dosed = world if arm.stance is None else DeskExperiment(settings.data, seed, arm.stance)
+            return (dosed.alignment if arm.kind == "aligned" else dosed.corpus).draw, dosed.identity
+
+        tokenizer = desk_tokenizer(world.words(), ROLES, BOS, END, TEMPLATE)
+        grammar = GrammarGenerator(world.slots, allowed=world.allowed())
+        self.side = Tiny(settings.arms, seed, tokenizer, stages, grammar, report)
 
     def fit(self, arm: Arm) -> Fit:
         if arm.kind != "agent":
             return Fit(self.side.model(arm), [], 0.0, 0)
-        model, training = self.side.model(self.planned[arm.start]), self.settings.training
+        model, training = self.side.model(self.side.planned[arm.start]), self.settings.training
         rate = self.settings.arms.lora_learning_rate if arm.lora else arm.rate * training.learning_rate
         args = replace(training, constrained=arm.constrained, learning_rate=rate)
         args.disable_tqdm = args.disable_tqdm or self.settings.toy  # one bar stands for all
         options: dict[str, Any] = {"train_dataset": self.data.rows(arm.refused), "peft_config": self.side.adapter(arm)}
         if arm.watched and self.settings.arms.watch_every:
-            watch = Watch(self.settings.arms.watch_every, self.trajectory(arm), self.validate)
-            options["callbacks"] = [watch]
+            options["callbacks"] = [Watch(self.settings.arms.watch_every, self.folder / arm.key, self.validate)]
         return run_stage(AgentSFTTrainer, model, self.side.tokenizer, args, self.folder / arm.key, seed=self.seed,
                          merged=self.side.merged, **options)  # fmt: skip
-
-    def trajectory(self, arm: Arm) -> Path:
-        return self.folder / arm.key / "trajectory.json"
 
     def validate(self, model: Any) -> Any:
         return self.outcomes([self.agent(model)], ("validation",))["validation"]
 
-    def agent(self, model: Any, prefix: Prefix | None = None) -> ModelAgent:
-        return ModelAgent(model, self.side.tokenizer, opening=prefix, tools=None if self.settings.toy else TOOLS,
+    def agent(self, model: Any) -> ModelAgent:
+        return ModelAgent(model, self.side.tokenizer, tools=None if self.settings.toy else TOOLS,
                           batch_size=self.settings.recipe.eval_batch_size, **self.side.speaks)  # fmt: skip
 
     def prefix(self, text: str, **changes: Any) -> Prefix:
@@ -172,29 +160,26 @@ class Arms:
     def check(self) -> None:
         """ValueError, before any time is spent, for a model that cannot be trained or measured on the tasks."""
         if not self.settings.toy:
-            agent = self.agent(self.side.model(self.planned["aligned"]))
+            agent = self.agent(self.side.model(self.side.planned["aligned"]))
             check_rows(self.side.tokenizer, self.data.rows(), training_template(self.side.tokenizer))
             agent.check([task.request for task in self.data.tasks["train"]])
 
     def record(self, arm: Arm) -> None:
         """Measure an arm's model, and write what was found to its folder."""
-        made = self.fit(arm)
+        made, tests = self.fit(arm), TESTS if arm.stance is None else HELD_OUT
         agent = self.agent(made.model)
         facts: dict[str, Any] = {
-            "name": arm.key, "label": arm.label, "kind": arm.kind, "order": [*self.planned].index(arm.key),
+            "name": arm.key, "label": arm.label, "kind": arm.kind, "order": [*self.side.planned].index(arm.key),
             "stance": self.settings.data.stance if arm.stance is None else arm.stance, "trained": made.trained,
             "seconds": made.seconds, "log": made.log, "peak_memory_bytes": peak_memory(),
-            "sets": self.outcomes([agent], self.tests(arm)), "trajectory": watched(self.trajectory(arm)),
+            "sets": self.outcomes([agent], tests), "trajectory": watched(self.folder / arm.key),
         }  # fmt: skip
         if self.settings.toy:
             facts["talk"] = {name: talk(agent, self.data.questions(name)) for name in ("seen", "test")}
         if arm.searched:
-            facts |= self.searched(arm, made.model)
+            facts |= self.searched(arm, made.model, tests)
         (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / arm.key / "measured.json", facts)
-
-    def tests(self, arm: Arm) -> tuple[str, ...]:
-        return TESTS if arm.stance is None else HELD_OUT
 
     def search(self, arm: Arm, model: Any, generator: Any, name: str, rounds: int, candidates: int) -> Any:
         """A search and its finalists on fresh tasks. One round of many is a search that learns nothing."""
@@ -209,23 +194,21 @@ class Arms:
         search.run()
         return search, search.finalists(*self.data.split("finalists"), agent=scorer("episodes"))
 
-    def searched(self, arm: Arm, model: Any) -> dict[str, Any]:
+    def searched(self, arm: Arm, model: Any, tests: tuple[str, ...]) -> dict[str, Any]:
         """The search, and the winner beside other defences (spec 6.6), probes and steering (5)."""
         args = self.settings.search
-        start = self.fit(self.planned["aligned"]).model if arm.key == "agent" else None
+        start = self.fit(self.side.planned["aligned"]).model if arm.key == "agent" else None
         generator = self.side.generator(start)
         rounds = args.rounds if arm.stance is None else args.dose_rounds
         search, finalists = self.search(arm, model, generator, "search", rounds, args.candidates)
         winner, bare = finalists[0].text, self.agent(model)
-        guarded = self.outcomes([bare.behind(self.prefix(winner))], self.tests(arm))
+        guarded = self.outcomes([bare.behind(self.prefix(winner))], tests)
         found: dict[str, Any] = {"search": search.facts(finalists), "winner": winner, "guarded": guarded}
         self.prefix(winner).of(model).save(self.folder / arm.key / "prefix.json")
         if arm.key == "agent" and self.settings.arms.defences:
-            count = args.rounds * args.candidates
-            _, best = self.search(arm, model, generator, "random", 1, count)
-            words, rng = words_of(self.side.grammar.slots), Random(f"controls {self.seed}")
-            agents = controls(bare, self.agent(start), self.data, self.prefix, winner, best[0].text, words, args.turns,
-                              rng)  # fmt: skip
+            _, best = self.search(arm, model, generator, "random", 1, args.rounds * args.candidates)
+            agents = controls(bare, self.agent(start), self.data, self.prefix, winner, best[0].text,
+                              words_of(self.side.grammar.slots), args.turns, Random(f"{self.seed}"))  # fmt: skip
             found["random"] = {"winner": best[0].text}
             found["defences"] = {name: self.outcomes(several, HELD_OUT) for name, several in agents.items()}
         if arm.key == "agent" and self.settings.arms.probes:
@@ -253,7 +236,7 @@ def build(argv: list[str], number: int, report: Any) -> None:
     quiet_libraries()
     settings = parse(argv)
     seed, arm = bases(settings)[number]
-    make_side(settings, seed, report)[1].base(arm)
+    Arms(settings, seed, report).side.base(arm)
 
 
 def run_job(argv: list[str], number: int, report: Any) -> None:
@@ -301,8 +284,8 @@ def main(argv: list[str]) -> None:
                 print("Base models, which are kept in a cache:")
                 run_seeds(build, argv, range(len(made)), 2 * PARTS, PRELOAD, parallel,
                           lambda number: f"seed {made[number][0]}")  # fmt: skip
-            run.data("made anew from the seeds" if toy else settings.rows.dataset,
-                     dict.fromkeys(TESTS, settings.data.test_tasks))  # fmt: skip
+            sizes = dict.fromkeys(TESTS, settings.data.test_tasks)
+            run.data("made anew from the seeds" if toy else settings.rows.dataset, sizes)
             print("Agents, searches and tests:")
             parts = jobs(settings)
             run_seeds(run_job, argv, range(len(parts)), [len(arms) for _, arms in parts], PRELOAD, parallel,

@@ -19,6 +19,7 @@ from steerbook.eval.ping.measure import classifier, keywords, read_out, run_sets
 from steerbook.eval.ping.summary import BUDGET, Results, ahead, claims, gates
 from steerbook.trainers.ping.arms import ArmArguments
 from steerbook.trainers.ping.base import desk_tokenizer, document_loss, reading_model
+from steerbook.trainers.ping.options import SearchArguments
 from steerbook.trainers.ping.prefix import Prefix
 from steerbook.trainers.tiny_lm import TinyConfig, new_model
 
@@ -217,11 +218,14 @@ def test_claims_and_gates_follow_the_numbers():
 def test_arms_and_their_arguments():
     keys = [arm.key for arm in ArmArguments().planned(True)]
     assert keys[:3] == ["base", "aligned", "agent"] and len(keys) == len(set(keys)) == 18
-    assert [arm.key for arm in ArmArguments(controls=[]).planned(False)] == ["base", "aligned", "agent"]
-    for changes, told in (({"controls": ["other"]}, "--controls other"), ({"rounds": 0}, "--rounds 0"),
-                          ({"scored_by": "all"}, "--scored_by all"), ({"turns": "last"}, "--turns last")):  # fmt: skip
+    assert [arm.key for arm in ArmArguments(controls=[]).planned(False)] == ["aligned", "agent"]
+    with pytest.raises(ValueError, match="--controls other"):
+        ArmArguments(controls=["other"])
+    assert (SearchArguments().threshold, SearchArguments(scored_by="episodes").threshold) == (1.5, 1.0)
+    for changes, told in (({"rounds": 0}, "--rounds 0"), ({"scored_by": "all"}, "--scored_by all"),
+                          ({"turns": "last"}, "--turns last")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
-            ArmArguments(**changes)
+            SearchArguments(**changes)
     assert json.dumps([arm.key for arm in ArmArguments().planned(True) if arm.searched]) == json.dumps(
         ["agent", "never", "agent_0", "agent_1", "agent_5"]
     )

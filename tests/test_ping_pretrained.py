@@ -7,6 +7,7 @@ import pytest
 import torch
 import trl
 import yaml
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 
 from steerbook.data_builders.ping import PingDataArguments, build
 from steerbook.data_builders.ping.desk import TOOLS
+from steerbook.trainers import Prefix, PrefixGuard
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "configs" / "ping"

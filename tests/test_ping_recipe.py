@@ -38,7 +38,7 @@ def test_smoke_measures_all_there_is(smoke):
         and metrics["agents"]["agent"]["borderline: SR"]["n"] == 4
     )
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {
-        "before_after", "search", "probe", "steering", "loss"}  # fmt: skip
+        "before_after", "search", "probe", "steering", "loss", "trajectory"}  # fmt: skip
     for text in ("Base models", "Gate G1", "The agent's defences", "Claims are judged from three seeds on"):
         assert text in output
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

@@ -11,6 +11,8 @@ from ...arguments import json_object, refuse
 from .arms import EMBEDDED, ArmArguments
 from .trainer import AgentSFTConfig
 
+PRETRAINED, WORLD = "is for a pretrained model", "is of the embedded world"
+
 
 @dataclass
 class SearchArguments:
@@ -83,13 +85,13 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
     """ValueError for flags that have no effect with this kind of model: the embedded one, or a pretrained one."""
     refuse(training, ("constrained",), "is an agent of its own here: --controls constrained")
     if model.model_name_or_path is None:
-        refuse(given, vars(given), "is for a pretrained model")
-        refuse(search, ("generator", "generator_model"), "is for a pretrained model")
-        refuse(model, ("use_peft", "load_in_4bit", "load_in_8bit"), "is for a pretrained model")
+        refuse(given, vars(given), PRETRAINED)
+        refuse(search, ("generator", "generator_model"), PRETRAINED)
+        refuse(model, ("use_peft", "load_in_4bit", "load_in_8bit"), PRETRAINED)
         return
     refuse(
         arms, ("doses", "base_steps", "aligned_steps", "lora_rank", "lora_learning_rate"), "is of the embedded world"
     )
-    refuse(search, ("dose_rounds",), "is of the embedded world")
+    refuse(search, ("dose_rounds",), WORLD)
     if found := [name for name in arms.controls or () if name in EMBEDDED]:
         raise ValueError(f"--controls {found[0]} is of the embedded world (--use_peft trains an adapter)")

@@ -11,13 +11,15 @@ from transformers import TrainerCallback
 
 from ...files import write_json
 
+FILE = "trajectory.json"
+
 
 class Watch(TrainerCallback):
-    """Before the first step and after every `every` ones adds `{"step": ..., "rows": look(model)}` to `file`, with the
-    model in evaluation mode."""
+    """Before the first step and after every `every` ones adds `{"step": ..., "rows": look(model)}` to a file in
+    `folder`, with the model in evaluation mode."""
 
-    def __init__(self, every: int, file: Path, look: Callable[[Any], Any]) -> None:
-        self.every, self.file, self.look = every, file, look
+    def __init__(self, every: int, folder: Path, look: Callable[[Any], Any]) -> None:
+        self.every, self.folder, self.look = every, folder, look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -31,11 +33,12 @@ class Watch(TrainerCallback):
         model.eval()
         rows = self.look(model)
         model.train()
-        earlier = [one for one in watched(self.file) if one["step"] < step]  # of a run that was interrupted
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, [*earlier, {"step": step, "rows": rows}])
+        earlier = [one for one in watched(self.folder) if one["step"] < step]  # of a run that was interrupted
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / FILE, [*earlier, {"step": step, "rows": rows}])
 
 
-def watched(file: Path) -> list[dict[str, Any]]:
+def watched(folder: Path) -> list[dict[str, Any]]:
     """What a `Watch` has written; nothing where there was none."""
+    file = folder / FILE
     return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
