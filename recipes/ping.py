@@ -134,7 +134,7 @@ class Arms:
     def fit(self, arm: Arm) -> Fit:
         if arm.kind != "agent":
             return Fit(self.side.model(arm), [], 0.0, 0)
-        model, training = self.side.model(self.side.planned[arm.start]), self.settings.training
+        model, training = self.side.model(self.side.planned[arm.start], trained=True), self.settings.training
         rate = self.settings.arms.lora_learning_rate if arm.lora else arm.rate * training.learning_rate
         args = replace(training, constrained=arm.constrained, learning_rate=rate)
         args.disable_tqdm = args.disable_tqdm or self.settings.toy  # one bar stands for all
@@ -199,8 +199,7 @@ class Arms:
         args = self.settings.search
         start = self.fit(self.side.planned["aligned"]).model if arm.key == "agent" else None
         generator = self.side.generator(start)
-        rounds = args.rounds if arm.stance is None else args.dose_rounds
-        search, finalists = self.search(arm, model, generator, "search", rounds, args.candidates)
+        search, finalists = self.search(arm, model, generator, "search", args.rounds, args.candidates)
         winner, bare = finalists[0].text, self.agent(model)
         guarded = self.outcomes([bare.behind(self.prefix(winner))], tests)
         found: dict[str, Any] = {"search": search.facts(finalists), "winner": winner, "guarded": guarded}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..files import write_json
 from .fits import Fit, run_fit
 from .training import own_forward
+from .whole import whole_models
 
 FINISHED = "finished.json"
 
@@ -42,24 +43,41 @@ def run_stage(
     args.output_dir, args.seed = str(folder), seed
     if (folder / FINISHED).exists():
         done = json.loads((folder / FINISHED).read_text())
-        return Fit(_load(model, folder / "model", peft_config, merged), done["log"], done["seconds"], done["trained"])
+        return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])
     set_seed(seed)
     with own_forward(model):
         trainer = trainer_class(model, args, processing_class=tokenizer, peft_config=peft_config, **data)
         found = run_fit(trainer, folder)
         tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    if trainer.is_world_process_zero():
+    parts = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # of the weights, one in every process
+    if parts:
+        trainer.save_model(str(folder / "model"))
+    elif trainer.is_world_process_zero():
         tuned.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+    if trainer.is_world_process_zero():
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
+    if parts:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.free_memory()
+        return replace(found, model=_load(model, args, peft_config, merged))
     if not merged:
         return replace(found, model=tuned)
     whole = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
     return replace(found, model=whole.requires_grad_(True))
 
 
-def _load(model: PreTrainedModel, folder: Path, peft_config: PeftConfig | None, merged: bool) -> Any:
-    if peft_config is not None:
-        tuned = PeftModel.from_pretrained(model, folder).eval()
-        return tuned.merge_and_unload() if merged else tuned
-    return type(model).from_pretrained(folder).eval()
+def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, merged: bool) -> Any:
+    """What a stage has saved, whole."""
+    folder, kind, options = Path(args.output_dir) / "model", type(model), {"dtype": model.dtype}
+    with whole_models(args):
+        if peft_config is None:
+            return kind.from_pretrained(folder, **options).to(args.device).eval()
+        base = kind.from_pretrained(model.config._name_or_path, **options).to(args.device) if _cut(model) else model
+        tuned = PeftModel.from_pretrained(base, folder).eval()
+    return tuned.merge_and_unload() if merged else tuned
+
+
+def _cut(model: PreTrainedModel) -> bool:
+    """Whether ZeRO-3 has cut it over the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

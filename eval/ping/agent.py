@@ -13,6 +13,7 @@ from ...data_builders.ping.desk import TOOLS
 from ..choices import CausalLM, encode
 from ..generation import generate
 from ..prompts import check_beginning, prompt_text
+from ..sharding import shared_out
 from .episodes import Message, Reply
 from .shared import continuations
 
@@ -47,7 +48,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
 
 
 class ModelAgent:
-    """An agent at the desk.
+    """An agent at the desk. In a job of several processes each writes a part of the replies, and all get all.
 
     Args:
         form: how the model writes calls (`data_builders.ping.calls`).
@@ -106,10 +107,7 @@ class ModelAgent:
         """`openings`: of every conversation its own prefix, instead of the agent's."""
         used = [self.opening] * len(conversations) if openings is None else openings
         made = [self.prompt(messages, one) for messages, one in zip(conversations, used, strict=True)]
-        texts = generate(
-            self.model, self.tokenizer, [head + mouth for head, mouth in made],
-            batch_size=self.batch_size, **self.tokens,
-        )  # fmt: skip
+        texts = shared_out([head + mouth for head, mouth in made], self._generate)
         return [
             Reply(text, (mouth if one is not None and one.store else "") + text)
             for text, (_, mouth), one in zip(texts, made, used, strict=True)
@@ -126,10 +124,8 @@ class ModelAgent:
         begins = [one for one in openings if one.applied(conversations[0]) == list(map(dict, conversations[0]))]
         heads = [self.prompt(messages, None)[0] for messages in conversations]
         mouths = {id(one): one.opening(conversations[0]) for one in begins}
-        texts = continuations(
-            self.model, self.tokenizer, heads, list(mouths.values()), batch_size=self.batch_size, **self.tokens,
-        )  # fmt: skip
-        shared = dict(zip(mouths, texts, strict=True))
+        texts = shared_out(heads, lambda some: self._continue(some, list(mouths.values())))
+        shared = {one: [row[place] for row in texts] for place, one in enumerate(mouths)}
         for one in openings:
             if id(one) in shared:
                 mouth = mouths[id(one)] if one.store else ""
@@ -137,3 +133,11 @@ class ModelAgent:
             else:
                 made.append(self.behind(one).replies(conversations))
         return made
+
+    def _generate(self, prompts: Sequence[str]) -> list[str]:
+        return generate(self.model, self.tokenizer, prompts, batch_size=self.batch_size, **self.tokens)
+
+    def _continue(self, prompts: Sequence[str], mouths: Sequence[str]) -> list[tuple[str, ...]]:
+        """`[prompts][mouths]`."""
+        found = continuations(self.model, self.tokenizer, prompts, mouths, batch_size=self.batch_size, **self.tokens)
+        return list(zip(*found, strict=True)) if mouths else [() for _ in prompts]

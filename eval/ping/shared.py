@@ -40,6 +40,10 @@ def continuations(
                          batch_size=batch_size)  # fmt: skip
         return [found[start : start + len(prompts)] for start in range(0, len(flat), len(prompts))]
     ids = [encode(tokenizer, row) for row in texts]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(one) for row in ids for one in row)
+    if limit is not None and longest >= limit:
+        raise ValueError(f"a prompt with its opening has {longest} tokens and the model takes {limit}")
     shared = [_shared([row[place] for row in ids]) for place in range(len(prompts))]
     made: list[list[str]] = [[""] * len(prompts) for _ in openings]
     order = sorted(range(len(prompts)), key=lambda place: shared[place])

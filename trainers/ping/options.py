@@ -20,7 +20,6 @@ class SearchArguments:
 
     candidates: int = field(default=5, metadata={"help": "Prefixes that are proposed in a round (M)."})
     rounds: int = field(default=20, metadata={"help": "Rounds of the search (T)."})
-    dose_rounds: int = field(default=5, metadata={"help": "The same for models with other doses of stances."})
     shown: int = field(default=3, metadata={"help": "Of each list of the best, how many a generator is shown (k)."})
     threshold: float | None = field(
         default=None,
@@ -48,7 +47,7 @@ class SearchArguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: {', '.join(values[:-1])} or {values[-1]}")
         if self.threshold is None:
             self.threshold = 1.5 if self.scored_by == "first_turn" else 1.0
-        for name in ("candidates", "rounds", "dose_rounds", "shown"):
+        for name in ("candidates", "rounds", "shown"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
         if (self.generator == "endpoint") != (self.generator_url is not None):
@@ -92,6 +91,5 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
     refuse(
         arms, ("doses", "base_steps", "aligned_steps", "lora_rank", "lora_learning_rate"), "is of the embedded world"
     )
-    refuse(search, ("dose_rounds",), WORLD)
     if found := [name for name in arms.controls or () if name in EMBEDDED]:
         raise ValueError(f"--controls {found[0]} is of the embedded world (--use_peft trains an adapter)")

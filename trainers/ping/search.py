@@ -13,7 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from torch import distributed
 from tqdm.auto import tqdm
+
+from ...files import is_main_process
 
 TRIES = 3  # of a generator, before a round is given up
 
@@ -125,7 +128,9 @@ class PrefixSearch:
         left = self.rounds
         if self.start:
             self._score(list(dict.fromkeys(self.start)), 0)
-        with tqdm(total=self.rounds, disable=not self.progress, desc="search", unit="round") as bar:
+        with tqdm(
+            total=self.rounds, disable=not (self.progress and is_main_process()), desc="search", unit="round"
+        ) as bar:
             for number in range(1, left + 1):
                 self._score(self._propose(number), number)
                 bar.set_postfix(best=f"{self.best.overall:.2f}", refresh=False)
@@ -176,6 +181,22 @@ class PrefixSearch:
         """The round's candidates: those of the log, or new ones, without what a round has twice."""
         if number in self._proposed:  # of the log, or of an earlier call
             return self._proposed[number]
+        kept, reason = self._ask(number) if is_main_process() else ([], "")
+        if distributed.is_available() and distributed.is_initialized():  # what one process drew goes to all
+            box: list[Any] = [kept, reason]
+            distributed.broadcast_object_list(box)
+            kept, reason = box
+        if not kept:
+            where = f"; they are in {self.log}" if self.log else ""
+            raise SearchError(
+                f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
+            )
+        self._write({"round": number, "proposed": kept})
+        self._proposed[number] = kept
+        return kept
+
+    def _ask(self, number: int) -> tuple[list[str], str]:
+        """What the generator proposes that can be used, or why there is nothing."""
         rng, reason = Random(f"{self.seed} {number}"), "nothing usable was proposed"
         for _ in range(TRIES):
             try:
@@ -184,15 +205,9 @@ class PrefixSearch:
                 reason = str(error)
                 continue
             texts = [text.strip() for text in found]
-            kept = list(dict.fromkeys(text for text in texts if self._usable(text)))[: self.candidates]
-            if kept:
-                self._write({"round": number, "proposed": kept})
-                self._proposed[number] = kept
-                return kept
-        where = f"; they are in {self.log}" if self.log else ""
-        raise SearchError(
-            f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
-        )
+            if kept := list(dict.fromkeys(text for text in texts if self._usable(text)))[: self.candidates]:
+                return kept, ""
+        return [], reason
 
     def _usable(self, text: str) -> bool:
         """Not empty, not too long, and text that can be written down (no half of a surrogate pair)."""
@@ -210,7 +225,7 @@ class PrefixSearch:
         self.pool += [self._known[text] for text in texts if text not in there]
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if not self.log:
+        if not self.log or not is_main_process():
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
@@ -227,7 +242,7 @@ class PrefixSearch:
             raise ValueError(
                 f"{self.log} holds another search (model, template, tasks or settings differ); give another file"
             )
-        if lines[-1]:
+        if lines[-1] and is_main_process():
             self.log.write_bytes(b"\n".join([*lines[:-1], b""]))
         for entry in entries[1:]:
             if "proposed" in entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from ..base_model import load_base
+from ..whole import whole_models
 from .arms import Arm, ArmArguments
 from .base import Draw, tiny_model
 from .generators import SLOTS, EndpointGenerator, GrammarGenerator, ModelGenerator
@@ -41,7 +43,7 @@ class Tiny:
     def base(self, arm: Arm) -> Path:
         return tiny_model(arm, self.planned, self.stages, self.args, self.tokenizer, self.seed, self.report)
 
-    def model(self, arm: Arm) -> Any:
+    def model(self, arm: Arm, trained: bool = False) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.base(arm))
 
     def adapter(self, arm: Arm) -> LoraConfig | None:
@@ -70,8 +72,10 @@ class Pretrained:
         self.planned = {arm.key: arm for arm in args.planned(False)}
         self.tokenizer: PreTrainedTokenizerBase
 
-    def model(self, arm: Arm) -> Any:
-        model, self.tokenizer = load_base(self.config, device=self.training.device)
+    def model(self, arm: Arm, trained: bool = False) -> Any:
+        """`trained`: as the job's engine wants it, which may cut it over the processes; else whole."""
+        with nullcontext() if trained else whole_models(self.training):
+            model, self.tokenizer = load_base(self.config, device=self.training.device)
         if file := self.training.chat_template_path:
             self.tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
         return model
@@ -94,4 +98,5 @@ class Pretrained:
         if search.generator_model is None:
             return ModelGenerator(start, self.tokenizer, **self.template)
         named = replace(self.config, model_name_or_path=search.generator_model, model_revision="main")
-        return ModelGenerator(*load_base(named, device=self.training.device))
+        with whole_models(self.training):
+            return ModelGenerator(*load_base(named, device=self.training.device))
