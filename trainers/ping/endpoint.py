@@ -32,14 +32,18 @@ class Endpoint:
 
     def chat(self, **asked: Any) -> str:
         """The text of a reply to `messages` and other fields of the interface. OSError for an answer without one."""
+        return str(self.message(**asked)["content"])
+
+    def message(self, **asked: Any) -> dict[str, Any]:
+        """The whole message: its `content`, "" where there is none, and `tool_calls` where the server found some."""
         answer = self.post("/chat/completions", {"model": self.model, **asked})
         try:
-            content = answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError) as error:
+            found = dict(answer["choices"][0]["message"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise OSError(f"{self.url} answered without a message: {json.dumps(answer)[:200]}") from error
-        if not isinstance(content, str):
+        if not isinstance(content := found.get("content") or "", str):
             raise OSError(f"{self.url} answered with no text: {json.dumps(content)[:200]}")
-        return content
+        return {**found, "content": content}
 
     def post(self, path: str, asked: Any) -> Any:
         """The answer as JSON; `path` behind the URL, or one that begins with `/..` beside its `/v1`."""

@@ -45,25 +45,27 @@ class ServerGuard:
 
     def generate(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
-    ) -> dict[str, str]:
+    ) -> dict[str, Any]:
         """The next message of the assistant; `options` are fields of the chat interface. `content` belongs into the
-        conversation, `continuation` is what the model itself wrote, `position` where the sentence stood."""
+        conversation, `continuation` is what the model itself wrote, `position` where the sentence stood, `tool_calls`
+        (where there are some) what the server read as calls."""
         asked = {**options, **({"tools": list(tools)} if tools else {})}
         opening = self.prefix.opening(messages)
         if not opening:
-            reply = self.endpoint.chat(messages=self.prefix.applied(messages), **asked)
-            return {"role": "assistant", "content": reply, "continuation": reply, "position": self.prefix.position}
+            said = self.endpoint.message(messages=self.prefix.applied(messages), **asked)
+            return _turn(said, said["content"], said["content"], self.prefix.position)
         begun = [*map(dict, messages), {"role": "assistant", "content": opening}]
         if self._proof is None and self._shown(begun, opening):
             self._proof = "prompt"
         echo = {"echo": True} if self._proof != "prompt" else {}
-        reply = self.endpoint.chat(messages=begun, **CONTINUED, **echo, **asked)
+        said = self.endpoint.message(messages=begun, **CONTINUED, **echo, **asked)
+        reply = str(said["content"])
         if echo:
             if not reply.startswith(opening.rstrip()):
                 return self._instead(messages, tools, options)
             self._proof, reply = "echo", reply[len(opening) if reply.startswith(opening) else len(opening.rstrip()) :]
         stored = opening if self.prefix.store else ""
-        return {"role": "assistant", "content": stored + reply, "continuation": reply, "position": "prefix"}
+        return _turn(said, stored + reply, reply, "prefix")
 
     def _shown(self, begun: Messages, opening: str) -> bool:
         """Whether the server shows a prompt that ends with the opening."""
@@ -85,7 +87,7 @@ class ServerGuard:
 
     def _instead(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
-    ) -> dict[str, str]:
+    ) -> dict[str, Any]:
         reason = (
             f"{self.endpoint.url} does not show that it continued the prefix: it neither echoes it nor shows a prompt "
             "that ends with it. A prefix that is dropped in silence guards nothing"
@@ -95,3 +97,8 @@ class ServerGuard:
         warnings.warn(f"{reason}; from now on it is a SUFFIX, which is another method", stacklevel=3)
         self.prefix = replace(self.prefix, position="suffix")
         return self.generate(messages, tools, **options)
+
+
+def _turn(said: Mapping[str, Any], content: str, continuation: str, position: str) -> dict[str, Any]:
+    calls = {"tool_calls": said["tool_calls"]} if said.get("tool_calls") else {}
+    return {"role": "assistant", "content": content, "continuation": continuation, "position": position, **calls}
