@@ -15,7 +15,6 @@ a table for each with intervals, and the claims that hold or do not. Every flag 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders import atlas as atlas_data
 from steerbook.data_builders.atlas import AtlasDataArguments, skills
 from steerbook.data_builders.rows import fingerprint
@@ -285,4 +284,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -15,7 +15,6 @@ holds the same flags, --dry_run shows data, memory and what a step moves.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 
 from steerbook.arguments import RecipeArguments, RecipeParser, flags_and_defaults
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders.atlas import images
 from steerbook.data_builders.atlas.images import AtlasImageArguments
 from steerbook.data_builders.rows import fingerprint
@@ -237,4 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

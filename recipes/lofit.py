@@ -15,7 +15,6 @@ ModelConfig works, --config FILE.yaml holds the same flags, --dry_run shows rows
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders import lofit as lofit_data
 from steerbook.data_builders.lofit import LofitDataArguments, myths
 from steerbook.data_builders.rows import fingerprint
@@ -194,4 +193,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -14,7 +14,6 @@ and the claims that hold or do not. Every flag of TRL's trainer works, --config 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from trl import ModelConfig
 
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders.ping import PingDataArguments
 from steerbook.data_builders.ping.desk import TOOLS
 from steerbook.data_builders.ping.experiment import EMBEDDED, TESTS, DeskArguments, DeskExperiment
@@ -296,4 +295,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -16,7 +16,6 @@ hold or do not. Every flag of TRL's trainer works for the first stage, --config 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders.self_interpretability import PreferenceDataArguments
 from steerbook.data_builders.self_interpretability.text_experiment import TextExperiment
 from steerbook.data_builders.self_interpretability.world_experiment import ROWS, WorldArguments, WorldExperiment
@@ -294,4 +293,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

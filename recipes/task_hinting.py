@@ -16,7 +16,6 @@ works, --config FILE.yaml holds the same flags, --dry_run shows rows and cost.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 from trl import ModelConfig, get_peft_config
 
 from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
-from steerbook.console import clear_errors, quiet_libraries
+from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders import task_hinting as hinting_data
 from steerbook.data_builders.splits import text_rows
 from steerbook.data_builders.task_hinting import HintingDataArguments
@@ -294,4 +293,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

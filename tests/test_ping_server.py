@@ -14,7 +14,10 @@ PREFIX = Prefix("I look first.", separator=" ")
 
 class FakeServer:
     """One that answers " done", and does with a prefix what `kind` says: "echo" (vLLM), "template" (llama.cpp),
-    "tokens" (vLLM without echo), "silent" (drops it), "header" (shows a new header behind it), "broken"."""
+    "tokens" (vLLM without echo), "silent" (drops it), "header" (shows a new header behind it), "broken"; "cut" ends its
+    first `cuts` replies in the middle."""
+
+    cuts = 0
 
     def __init__(self, kind: str) -> None:
         self.kind, self.seen = kind, []
@@ -26,6 +29,13 @@ class FakeServer:
                 outer.seen.append((self.path, asked))
                 found = outer.answer(self.path, asked)
                 body = json.dumps(found).encode() if found is not None else b"no such path"
+                if outer.kind == "cut" and self.path.endswith("completions") and outer.cuts > 0:
+                    outer.cuts -= 1
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body[: len(body) // 2])
+                    return
                 self.send_response(200 if found is not None else 404 if outer.kind != "broken" else 500)
                 self.end_headers()
                 self.wfile.write(body)
@@ -42,7 +52,7 @@ class FakeServer:
             return None
         last = asked["messages"][-1] if "messages" in asked else {}
         text = "".join(f"<{turn['role']}>{turn['content']}" for turn in asked.get("messages", []))
-        if path == "/apply-template" and self.kind in ("template", "header"):
+        if path == "/apply-template" and self.kind in ("template", "header", "cut"):
             return {"prompt": text + ("<assistant>" if self.kind == "header" else "")}
         if path == "/tokenize" and self.kind == "tokens":
             return {"tokens": list(map(ord, text))}
@@ -112,4 +122,13 @@ def test_later_turns_and_other_positions_need_no_proof(served):
 def test_a_server_that_fails(served):
     _, endpoint = served("broken")
     with pytest.raises(OSError, match=r"500.*tried 2 times"):
+        ServerGuard(endpoint, PREFIX).generate(TALK)
+
+
+def test_a_reply_that_is_cut_short_is_asked_for_again(served):
+    server, endpoint = served("cut")
+    server.cuts = 1
+    assert ServerGuard(endpoint, PREFIX).generate(TALK)["continuation"].strip() == "done"
+    server.cuts = 2
+    with pytest.raises(OSError, match="tried 2 times"):
         ServerGuard(endpoint, PREFIX).generate(TALK)

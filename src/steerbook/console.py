@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -35,3 +36,15 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     # transformers 5 uses its own deprecated names inside.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a recipe with the command line, and take down the job's process group at its end, if it has one: else a
+    thread of gloo may outlive the interpreter, which then aborts."""
+    try:
+        main(sys.argv[1:])
+    finally:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
