@@ -14,8 +14,8 @@ PREFIX = Prefix("I look first.", separator=" ")
 
 class FakeServer:
     """One that answers " done", and does with a prefix what `kind` says: "echo" (vLLM), "template" (llama.cpp),
-    "tokens" (vLLM without echo), "silent" (drops it), "header" (shows a new header behind it), "broken"; "cut" ends its
-    first `cuts` replies in the middle."""
+    "tokens" (vLLM without echo), "silent" (drops it), "header" (shows a new header behind it), "broken"; "cut" ends
+    its first `cuts` replies in the middle."""
 
     cuts = 0
 
