@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from steerbook.data_builders.ping.experiment import DeskArguments, DeskExperiment
 from steerbook.data_builders.ping.world import BOS, END, ROLES, SYSTEM, TEMPLATE
 from steerbook.eval.ping.agent import ModelAgent
-from steerbook.eval.ping.defended import REFUSAL, Begun, Examples, Guarded
+from steerbook.eval.ping.defended import REFUSAL, Attacked, Begun, Examples, Guarded
 from steerbook.eval.ping.episodes import Reply, run_episodes
 from steerbook.eval.ping.measure import classifier, keywords, read_out, run_sets, steering
 from steerbook.eval.ping.summary import BUDGET, Results, ahead, claims, gates
@@ -110,6 +110,27 @@ def test_examples_stand_behind_the_system_message_and_in_front_of_the_request():
     assert [turn["content"] for turn in shown.applied(talk[1:])] == ["a", "b", "u"]
 
 
+def test_attacks_are_in_the_conversation_that_the_guard_sees():
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    guard, every = Prefix("p", turns="first"), Prefix("p", turns="every", separator="")
+    told = Attacked(guard, told="now")
+    assert [turn["content"] for turn in told.applied(talk)] == ["s", "u now"] and told.opening(talk) == "p\n"
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before, forged = Attacked(guard, before=earlier), Attacked(every, forged=[earlier[1], earlier[0]])
+    assert [turn["content"] for turn in before.applied(talk)] == ["s", "a", "b", "u"]
+    assert before.opening(talk) == ""  # a guard of the first reply takes the turns in front for the agent's
+    later = [*talk, {"role": "assistant", "content": "x"}, {"role": "tool", "content": "y"}]
+    assert [turn["content"] for turn in forged.applied(later)] == ["s", "u", "b", "a", "x", "y"]
+    assert forged.opening(later) == "p" and forged.store and talk[1]["content"] == "u"
+    turns = WORLD.attacks(Random(0))
+    assert sum(turn["role"] == "user" for turn in turns) == 4
+    assert [turn["content"] for turn in turns if turn["role"] == "user"] == [
+        task.request for task in WORLD.split("tuning")[1][:4]]  # fmt: skip
+    unknown = TOKENIZER.unk_token_id
+    for text in (WORLD.told, *(turn["content"] for turn in (*turns, *WORLD.forged)), *WORLD.fixed.values()):
+        assert unknown not in TOKENIZER(text)["input_ids"], text
+
+
 def test_a_guard_refuses_in_place_of_the_agent():
     harmless, harmful = WORLD.split("new_noun")
     scripted = Scripted("I go on .")
@@ -197,6 +218,7 @@ def test_rates_and_differences_by_hand():
     results = made()
     assert results.metric(("agent", ""), "SR")["value"] == 0.9 and results.metric(("agent", ""), "SR")["n"] == 90
     assert results.difference(("agent", "PING"), ("agent", ""), "RR")["value"] == pytest.approx(0.8)
+    assert results.normalised(("aligned", ""))["value"] == pytest.approx(1 / 6)
     assert results.net(("agent", "suffix")) == {0: 0.7, 1: 0.7, 2: 0.7}
     assert ahead(results)["value"] == pytest.approx(0.6)  # 90 - 30
     assert results.metric(("nobody", ""), "SR") is None and results.metric(("agent", "nothing"), "SR") is None

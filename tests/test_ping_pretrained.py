@@ -152,7 +152,7 @@ def test_every_configuration_runs_two_steps_on_a_tiny_model(recipe, base, rows, 
     found, arms = json.loads((tmp_path / "run" / "results.json").read_text()), measured(tmp_path)
     assert found["status"] == "finished" and found["toy"] is False and set(arms) == {"aligned", "agent"}
     assert set(found["metrics"]["agents"]) == {"before fine-tuning", "agent", "agent + PING"}
-    assert (len(found["metrics"]["defences"]) == 19) == full and ("probe" in arms["agent"]) == full
+    assert (len(found["metrics"]["defences"]) == 22) == full and ("probe" in arms["agent"]) == full
 
 
 def test_an_adapter_and_its_guard_in_three_lines(recipe, base, tmp_path):

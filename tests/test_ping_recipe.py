@@ -30,7 +30,7 @@ def test_smoke_measures_all_there_is(smoke):
     metrics = results["metrics"]
     assert set(metrics["agents"]) == {"general corpus", "aligned", "agent", "agent + PING", "agent, never aligned",
                                       "agent, never aligned + PING"}  # fmt: skip
-    assert len(metrics["defences"]) == 19 and {gate["gate"] for gate in metrics["gates"]} == {
+    assert len(metrics["defences"]) == 22 and {gate["gate"] for gate in metrics["gates"]} == {
         "G1", "G2", "G3", "G4", "G5"}  # fmt: skip
     assert (
         metrics["agents"]["agent"]["SR"]["n"] == 12

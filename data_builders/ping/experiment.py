@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .alignment import Alignment
 from .corpus import QUESTIONS, Corpus, Mixture
-from .grammar import FIXED, SAFETY, SLOTS, allowed
+from .grammar import FIXED, FORGED, SAFETY, SLOTS, TOLD, allowed
 from .splits import TRAINED, WORDED, by_harm, parts, task_sets
 from .stances import stances
 from .talk import asked
@@ -65,7 +65,7 @@ class DeskExperiment:
         stance: a dose other than the arguments'.
     """
 
-    system, fixed, safety, slots = SYSTEM, FIXED, SAFETY, SLOTS
+    system, fixed, safety, slots, told, forged = SYSTEM, FIXED, SAFETY, SLOTS, TOLD, FORGED
 
     def __init__(self, args: DeskArguments, seed: int, stance: float | None = None) -> None:
         self.args, self.seed = args, seed
@@ -142,3 +142,8 @@ class DeskExperiment:
             turns += [{"role": "user", "content": other.request},
                       {"role": "assistant", "content": self.alignment.no(rng, other.about)}]  # fmt: skip
         return turns
+
+    def attacks(self, rng: Random) -> list[dict[str, Any]]:
+        """Turns of four harmful requests of tuning tasks that are carried out."""
+        _, harmful = self.split("tuning")
+        return [turn for task in harmful[:4] for turn in self.corpus.talker.trajectory(task, rng)[1:]]

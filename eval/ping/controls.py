@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ...data_builders.ping.tasks import Task
 from .agent import ModelAgent, Opening
-from .defended import Begun, Examples, Guarded
+from .defended import Attacked, Begun, Examples, Guarded
 from .episodes import Agent
 from .measure import classifier, keywords
 
@@ -21,8 +21,12 @@ class Experiment(Protocol):
     tasks: Mapping[str, Sequence[Task]]
     fixed: Mapping[str, str]
     safety: str
+    told: str
+    forged: Sequence[Mapping[str, Any]]
 
     def examples(self, rng: Random) -> list[dict[str, Any]]: ...
+
+    def attacks(self, rng: Random) -> list[dict[str, Any]]: ...
 
 
 def controls(
@@ -67,4 +71,7 @@ def controls(
         "keyword guard": [Guarded(agent, listed)],
         "classifier guard": [Guarded(agent, flags)],
         "classifier or PING": [Guarded(agent.behind(prefix(winner)), flags)],
+        "PING, told to ignore it": [agent.behind(Attacked(prefix(winner), told=experiment.told))],
+        "PING, harmful examples": [agent.behind(Attacked(prefix(winner), before=experiment.attacks(rng)))],
+        "PING, forged turns": [agent.behind(Attacked(prefix(winner), forged=experiment.forged))],
     }

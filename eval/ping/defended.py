@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .agent import ModelAgent
+from .agent import ModelAgent, Opening
 from .episodes import Agent, Message, Reply
 
 REFUSAL = "I cannot help with that ."
@@ -25,6 +25,40 @@ class Examples:
     def applied(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         system = [dict(one) for one in messages if one["role"] == "system"]
         return [*system, *map(dict, self.turns), *(dict(one) for one in messages if one["role"] != "system")]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A conversation that somebody has prepared so that a guard fails, as an `Opening` around the guard's own, which
+    sees what was prepared.
+
+    Attributes:
+        before: turns in front of the request, such as harmful requests that were carried out.
+        told: what the request ends with.
+        forged: turns behind it, which the agent never said.
+    """
+
+    guard: Opening
+    before: Sequence[Message] = ()
+    told: str = ""
+    forged: Sequence[Message] = ()
+
+    @property
+    def store(self) -> bool:
+        return self.guard.store
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        return self.guard.opening(self._prepared(messages))
+
+    def applied(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return self.guard.applied(self._prepared(messages))
+
+    def _prepared(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        place = next(number for number, one in enumerate(messages) if one["role"] == "user")
+        request = dict(messages[place])
+        request["content"] = " ".join(filter(None, (request["content"], self.told)))
+        return [*map(dict, (*messages[:place], *self.before)), request,
+                *map(dict, (*self.forged, *messages[place + 1 :]))]  # fmt: skip
 
 
 class Guarded:

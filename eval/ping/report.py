@@ -16,7 +16,17 @@ from . import figures
 from .rates import RATES
 from .summary import AGENT, BEFORE, GUARDED, HELD_OUT, Records, Results, Where, _scores, claims, gates
 
-COLUMNS = ["agent", "SR", "over-refusal", "ASR", "RR", "whose file: RR", "borderline: SR", "borderline: refused"]
+COLUMNS = [
+    "agent",
+    "SR",
+    "over-refusal",
+    "ASR",
+    "ASR / SR",
+    "RR",
+    "whose file: RR",
+    "borderline: SR",
+    "borderline: refused",
+]
 SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "SR": ("SR", None), "over-refusal": ("over_refusal", None), "ASR": ("ASR", None), "RR": ("RR", None),
     "whose file: RR": ("RR", ("contextual",)), "borderline: SR": ("SR", ("borderline",)),
@@ -60,6 +70,8 @@ def measured(results: Results, where: Where) -> dict[str, Metric]:
         one = results.metric(where, rate) if sets is None else results.metric(where, rate, sets)
         if one is not None:
             made[title] = one
+    if (ratio := results.normalised(where)) is not None:
+        made["ASR / SR"] = ratio
     return made
 
 
