@@ -254,7 +254,7 @@ def dry_run(settings: Settings) -> None:
     """Trajectories with their loss tokens, parameters and memory of the agent's training; nothing is trained."""
     quiet_libraries()
     arms = Arms(settings, settings.recipe.seeds[0])
-    arm = arms.planned["agent"]
+    arm = arms.side.planned["agent"]
     model = new_model(arms.side.tokenizer, TinyConfig(**MODEL), seed=0) if settings.toy else arms.side.model(arm)
     with tempfile.TemporaryDirectory() as settings.training.output_dir:  # the Trainer makes its folder at once
         trainer = AgentSFTTrainer(model, settings.training, arms.data.rows(), processing_class=arms.side.tokenizer,

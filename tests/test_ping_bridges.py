@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import rich
 from inspect_ai import eval as run
 from inspect_ai.model import ChatMessageAssistant, ChatMessageTool, ChatMessageUser, get_model
 from inspect_ai.tool import ToolCall, ToolCallError
@@ -49,6 +50,13 @@ def guarded(tmp_path):
     for one in started:
         one.server.shutdown()
         one.server.server_close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loud():
+    """Inspect silences rich's console for the whole process."""
+    yield
+    rich.reconfigure()
 
 
 def evaluated(task, model, tmp_path):
