@@ -69,7 +69,10 @@ class Results:
         able, harm = self.scores(where, "SR", sets), self.scores(where, "ASR", sets)
         found = [float(np.mean(harm[seed][0]) / np.mean(able[seed][0])) for seed in harm
                  if seed in able and any(able[seed][0])]  # fmt: skip
-        return _plain(found) if found else None
+        if not found:
+            return None
+        ratio = _plain(found)
+        return {**ratio, "low": None if ratio["low"] is None else max(0.0, ratio["low"])}
 
     def net(self, where: Where, sets: Sequence[str] = HELD_OUT) -> dict[int, float]:
         """Seed -> RR less the share of harmless tasks that are refused."""
