@@ -71,7 +71,9 @@ def generate(
             mask = torch.tensor(
                 [[0] * (width - len(ids[index])) + [1] * len(ids[index]) for index in part], device=device
             )
-            output: torch.Tensor = run(input_ids=batch, attention_mask=mask, generation_config=config)
+            output: torch.Tensor = run(
+                input_ids=batch, attention_mask=mask, generation_config=config, synced_gpus=False
+            )  # each process has texts of its own
             for index, tokens in zip(part, output[:, width:].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
                 texts[index] = continuation(tokenizer, ids[index], tokens[:stop])

@@ -31,6 +31,8 @@ def model_card(results: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         parts += ["## Use", _loading(base, results["adapter"])]
     elif results.get("model"):
         parts += ["## Use", _loading_whole(results["model"])]
+    if results.get("prefix"):
+        parts.append(_guard(results["prefix"]))
     if "metrics" in results:
         parts += ["## Results", "Mean with a 95 % interval.", _tables(results["metrics"])]
     if results.get("claims"):
@@ -73,11 +75,22 @@ def _loading_whole(model: Mapping[str, str]) -> str:
     return f"""From this folder:
 
 ```python
-from {model["module"]} import {model["function"]}
+from {model["module"]} import {model["function"].partition(".")[0]}
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({model["folder"]!r})
 model = {model["function"]}({model["folder"]!r})
+```"""
+
+
+def _guard(prefix: str) -> str:
+    return f"""Its replies behind the prefix:
+
+```python
+from steerbook.trainers import Prefix, PrefixGuard
+
+guard = PrefixGuard(model, tokenizer, Prefix.load({prefix!r}))
+reply = guard.generate(messages, tools=tools, max_new_tokens=256)
 ```"""
 
 

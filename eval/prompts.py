@@ -18,8 +18,8 @@ def prompt_text(
     """The text in front of an answer, for functions that tokenise plain texts.
 
     A conversation gets the template's generation prompt, unless it is a whole one; `template`: its own arguments
-    (`enable_thinking`, `tools`). Where the template writes the beginning-of-text token that the tokenizer adds anyway,
-    it is left out.
+    (`enable_thinking`, `tools`). Where the template writes the tokens of a beginning that the tokenizer adds anyway,
+    they are left out.
 
     Raises:
         ValueError: a conversation for a tokenizer without a chat template.
@@ -32,9 +32,9 @@ def prompt_text(
         list(prompt), tokenize=False, add_generation_prompt=generation_prompt, **template
     )
     text = str(made)
-    begin = tokenizer.bos_token
-    if begin and text.startswith(begin) and encode(tokenizer, [text])[0][:2] == [tokenizer.bos_token_id] * 2:
-        return text.removeprefix(begin)
+    added, ids = encode(tokenizer, ["", text])  # what the tokenizer puts in front: BOS, or GLM's two marks
+    if added and ids[: 2 * len(added)] == added * 2:
+        return text.removeprefix("".join(tokenizer.convert_ids_to_tokens(added)))
     return text
 
 

@@ -29,7 +29,7 @@ from .model_card import model_card
 from .statistics import Metric
 
 SCHEMA = 1
-SECTIONS = ("base_model", "adapter", "model", "trainable_parameters", "metrics", "claims", "cost")
+SECTIONS = ("base_model", "adapter", "model", "prefix", "trainable_parameters", "metrics", "claims", "cost")
 SECRETS = frozenset({"token", "hub_token", "push_to_hub_token", "api_key", "password"})
 
 
@@ -112,7 +112,8 @@ class RunFolder:
         """Set sections of ``results.json`` (``SECTIONS``); a mapping is merged, key by key, into what is there.
 
         ``base_model``: {"name", "revision", "folder"}, the folder (of a base that is not on the Hub) and ``adapter``
-        relative to the run's folder; ``model``: {"folder" (relative), "module", "function"}, what loads it; and
+        relative to the run's folder; ``model``: {"folder" (relative), "module", "function"}, what loads it;
+        ``prefix``: a file of PING's; and
         ``claims``: a list of {"claim": text, "supported": bool, "detail": text}.
         Raises ValueError, naming the key, for NaN or infinity.
         """

@@ -8,12 +8,12 @@ An agent is fine-tuned on harmless trajectories, and measured before and after a
 gets done, what harm it does, what it refuses. Then a sentence is searched that its replies begin with, so that it
 refuses again, and compared with controls and other defences. The model is a tiny one that is made here (it reads a
 general corpus and is aligned first; minutes, kept in a cache), or with --model_name_or_path one that has a chat
-template: fine-tuned on trajectories at the desk or on a public set (--dataset, --data_files). Prints tables, gates,
-and the claims that hold or do not. Every flag of TRL's trainer works, --config FILE.yaml holds the same flags.
+template: fine-tuned on trajectories at the desk or on a public set (--dataset). Every flag of TRL's trainer works.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from steerbook.trainers.ping.options import PRETRAINED, WORLD, PretrainedArgumen
 from steerbook.trainers.ping.prefix import Prefix
 from steerbook.trainers.ping.search import PrefixSearch
 from steerbook.trainers.ping.sides import Pretrained, Tiny
-from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer, check_rows, training_template
+from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer, check_rows
 from steerbook.trainers.ping.watch import Watch, watched
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.stages import run_stage
@@ -138,6 +138,8 @@ class Arms:
         args = replace(training, constrained=arm.constrained, learning_rate=rate)
         args.disable_tqdm = args.disable_tqdm or self.settings.toy  # one bar stands for all
         options: dict[str, Any] = {"train_dataset": self.data.rows(arm.refused), "peft_config": self.side.adapter(arm)}
+        if training.eval_strategy != "no" and not self.settings.toy:
+            options["eval_dataset"] = self.data.built["dev"]
         if arm.watched and self.settings.arms.watch_every:
             options["callbacks"] = [Watch(self.settings.arms.watch_every, self.folder / arm.key, self.validate)]
         return run_stage(AgentSFTTrainer, model, self.side.tokenizer, args, self.folder / arm.key, seed=self.seed,
@@ -151,17 +153,20 @@ class Arms:
                           batch_size=self.settings.recipe.eval_batch_size, **self.side.speaks)  # fmt: skip
 
     def prefix(self, text: str, **changes: Any) -> Prefix:
-        return Prefix(text, **{"turns": self.settings.search.turns, "separator": self.side.separator} | changes)
+        lead = self.side.lead if changes.get("position", "prefix") == "prefix" else ""
+        return Prefix(lead + text, **{"turns": self.settings.search.turns, "separator": self.side.separator} | changes)
 
     def outcomes(self, agents: list[Any], sets: tuple[str, ...]) -> dict[str, Any]:
         return run_all(agents, self.data.tasks, sets, self.data.system)
 
-    def check(self) -> None:
-        """ValueError, before any time is spent, for a model that cannot be trained or measured on the tasks."""
+    def check(self) -> Any:
+        """The data. ValueError, before any time is spent, for a model that cannot be trained or measured on them."""
         if not self.settings.toy:
             agent = self.agent(self.side.model(self.side.planned["aligned"]))
-            check_rows(self.side.tokenizer, self.data.rows(), training_template(self.side.tokenizer))
+            for arm in self.side.planned.values():
+                check_rows(self.side.tokenizer, self.data.rows(arm.refused))
             agent.check([task.request for task in self.data.tasks["train"]])
+        return self.data
 
     def record(self, arm: Arm) -> None:
         """Measure an arm's model, and write what was found to its folder."""
@@ -180,15 +185,15 @@ class Arms:
         (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / arm.key / "measured.json", facts)
 
-    def search(self, arm: Arm, model: Any, generator: Any, name: str, rounds: int, candidates: int) -> Any:
-        """A search and its finalists on fresh tasks. One round of many is a search that learns nothing."""
+    def search(self, arm: Arm, model: Any, generator: Any, name: str, threshold: float) -> Any:
+        """A search and its finalists on fresh tasks. Behind a threshold that nothing reaches it learns nothing."""
         args, key = self.settings.search, checkpoint_fingerprint(model)
 
         def scorer(by: Any) -> PrefixScorer:
             return PrefixScorer(self.agent(model), self.prefix, key, by=by, system=self.data.system)
 
-        search = PrefixSearch(generator, scorer(args.scored_by), *self.data.split("tuning"), candidates=candidates,
-                              rounds=rounds, seeds=args.shown, threshold=args.threshold, seed=self.seed,
+        search = PrefixSearch(generator, scorer(args.scored_by), *self.data.split("tuning"), rounds=args.rounds,
+                              candidates=args.candidates, seeds=args.shown, threshold=threshold, seed=self.seed,
                               log=self.folder / arm.key / f"{name}.jsonl", progress=not self.settings.toy)  # fmt: skip
         search.run()
         return search, search.finalists(*self.data.split("finalists"), agent=scorer("episodes"))
@@ -198,13 +203,13 @@ class Arms:
         args = self.settings.search
         start = self.fit(self.side.planned["aligned"]).model if arm.key == "agent" else None
         generator = self.side.generator(start)
-        search, finalists = self.search(arm, model, generator, "search", args.rounds, args.candidates)
+        search, finalists = self.search(arm, model, generator, "search", args.threshold)
         winner, bare = finalists[0].text, self.agent(model)
         guarded = self.outcomes([bare.behind(self.prefix(winner))], tests)
         found: dict[str, Any] = {"search": search.facts(finalists), "winner": winner, "guarded": guarded}
         self.prefix(winner).of(model).save(self.folder / arm.key / "prefix.json")
         if arm.key == "agent" and self.settings.arms.defences:
-            _, best = self.search(arm, model, generator, "random", 1, args.rounds * args.candidates)
+            _, best = self.search(arm, model, generator, "random", math.inf)
             agents = controls(bare, self.agent(start), self.data, self.prefix, winner, best[0].text,
                               words_of(self.side.grammar.slots), args.turns, Random(f"{self.seed}"))  # fmt: skip
             found["random"] = {"winner": best[0].text}
@@ -266,31 +271,28 @@ def main(argv: list[str]) -> None:
     with clear_errors(ValueError, OSError):
         settings = parse(argv)
         training, seeds, toy = settings.training, settings.recipe.seeds, settings.toy
-        Arms(settings, seeds[0]).check()
+        data = Arms(settings, seeds[0]).check()
         if settings.recipe.dry_run:
             return dry_run(settings)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="ping", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
+        run.data(*data.facts())
         if run.finished:
             print(f"{run.path} is finished; these are its results. Another --output_dir runs it again.")
         else:
-            parallel = toy and training.world_size == 1 and len(seeds) > 1
+            parallel, made = toy and training.world_size == 1 and len(seeds) > 1, bases(settings)
             if toy:
                 print("A toy: tiny models, trained here from scratch. It shows nothing about large models.")
-                made = bases(settings)
                 print("Base models, which are kept in a cache:")
                 run_seeds(build, argv, range(len(made)), 2 * PARTS, PRELOAD, parallel,
                           lambda number: f"seed {made[number][0]}")  # fmt: skip
-            sizes = dict.fromkeys(TESTS, settings.data.test_tasks)
-            run.data("made anew from the seeds" if toy else settings.rows.dataset, sizes)
-            print("Agents, searches and tests:")
             parts = jobs(settings)
+            print("Agents, searches and tests:")
             run_seeds(run_job, argv, range(len(parts)), [len(arms) for _, arms in parts], PRELOAD, parallel,
                       lambda number: f"seed {parts[number][0]}")  # fmt: skip
-            base = {"name": "from scratch"} if toy else {
-                "name": settings.model.model_name_or_path, "revision": settings.model.model_revision}  # fmt: skip
-            write_report(run, read_records(run.path, seeds, lambda record: record["order"]), base)
+            model, records = settings.model, read_records(run.path, seeds, lambda record: record["order"])
+            write_report(run, records, model.model_name_or_path, model.model_revision, model.use_peft)
     show(run)
 
 

@@ -143,7 +143,7 @@ def test_bfcl(guarded, tmp_path, monkeypatch):
         assert talks(server)[0]["messages"][-1]["content"] == PREFIX.text + "\n"
 
 
-def test_messages_and_broken_calls(guarded, tmp_path):
+def test_messages_and_broken_calls(guarded, tmp_path, monkeypatch):
     call = ToolCall(id="a", function="f", arguments={"x": 1})
     failed = ChatMessageTool(content="", tool_call_id="a", function="f", error=ToolCallError("unknown", "no f"))
     talk = [ChatMessageUser(content="u"), ChatMessageAssistant(content="", tool_calls=[call]), failed]
@@ -157,6 +157,10 @@ def test_messages_and_broken_calls(guarded, tmp_path):
     log = evaluated(task, model, tmp_path)
     told = [turn["content"] for turn in talks(server)[-1]["messages"] if turn["role"] == "tool"]
     assert log.status == "success" and "arguments are no JSON" in told[0]
+    monkeypatch.setenv("OPENAI_API_KEY", "the judge's")
+    assert get_model("ping/agent", base_url=server.url, memoize=False).api.guard.endpoint.key is None
+    given = get_model("ping/agent", base_url=server.url, api_key="own", memoize=False).api.guard.endpoint
+    assert given.key == "own" and given.key_variable == "PING_API_KEY"
     with pytest.raises(ValueError, match="give the server"):
         get_model("ping/agent", memoize=False)
     with pytest.raises(ValueError, match="holds no prefix"):

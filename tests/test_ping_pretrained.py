@@ -8,7 +8,7 @@ import torch
 import trl
 import yaml
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from trl import ModelConfig, get_quantization_config
 
 from steerbook.data_builders.ping import PingDataArguments, build
 from steerbook.data_builders.ping.desk import TOOLS
@@ -64,6 +65,10 @@ def base(tmp_path_factory):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=made, pad_token="<pad>", eos_token=ends[0], chat_template=template,
             bos_token=marks[0] if name == "llama31_8b" else None)  # fmt: skip
+        if name == "glm4_9b":  # as the converted tokenizer does it
+            first = [(mark, made.token_to_id(mark)) for mark in marks[:2]]
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=first)  # fmt: skip
         torch.manual_seed(0)
         numbers = tokenizer.convert_tokens_to_ids(ends)
         config = kind(vocab_size=len(tokenizer), eos_token_id=numbers if len(numbers) > 1 else numbers[0], **SMALL)
@@ -152,6 +157,11 @@ def test_every_configuration_runs_two_steps_on_a_tiny_model(recipe, base, rows, 
     found, arms = json.loads((tmp_path / "run" / "results.json").read_text()), measured(tmp_path)
     assert found["status"] == "finished" and found["toy"] is False and set(arms) == {"aligned", "agent"}
     assert set(found["metrics"]["agents"]) == {"before fine-tuning", "agent", "agent + PING"}
+    prefix = Prefix.load(tmp_path / "run" / found["prefix"])  # GLM's replies begin with a line's end
+    assert prefix.text == ("\n" if name == "glm4_9b" else "") + arms["agent"]["winner"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / found["model"]["folder"])
+    assert "PrefixGuard(model" in (tmp_path / "run" / "README.md").read_text()
+    assert found["data"]["counts"]["train"] == 7 and len(found["data"]["fingerprint"]) == 64
     assert (len(found["metrics"]["defences"]) == 22) == full and ("probe" in arms["agent"]) == full
 
 
@@ -160,8 +170,8 @@ def test_an_adapter_and_its_guard_in_three_lines(recipe, base, tmp_path):
     folder = base / "qwen25_7b"
     model = AutoModelForCausalLM.from_pretrained(folder)
     flags = [*SHORT, "--model_name_or_path", str(folder), "--use_peft", "true", "--lora_target_modules", "q_proj",
-             "v_proj", "--controls", "mixed", "--watch_every", "1", "--defences", "false", "--probes", "false",
-             "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+             "v_proj", "--controls", "mixed", "--tasks", "60", "--watch_every", "1", "--defences", "false",
+             "--probes", "false", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run")]  # fmt: skip
     recipe.main(flags)
     arms = measured(tmp_path)
     assert set(arms) == {"aligned", "agent", "mixed_1", "mixed_5", "mixed_10"}
@@ -175,6 +185,25 @@ def test_an_adapter_and_its_guard_in_three_lines(recipe, base, tmp_path):
     with pytest.raises(ValueError, match="was searched for the model"):
         PrefixGuard(AutoModelForCausalLM.from_pretrained(folder), guard.tokenizer, guard.prefix)
     assert (tmp_path / "run" / "figures" / "trajectory.png").exists()
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_an_adapter_on_a_quantised_base(recipe, base, tmp_path, bits):
+    folder, tokenizer = tmp_path / "base", AutoTokenizer.from_pretrained(base / "qwen25_7b")
+    sizes = {**SMALL, "hidden_size": 64, "intermediate_size": 128}  # multiples of 64, the blocks of 4-bit weights
+    AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe.main([*SHORT, "--model_name_or_path", str(folder), f"--load_in_{bits}bit", "true", "--use_peft", "true",
+                 "--lora_target_modules", "q_proj", "v_proj", "--defences", "false", "--probes", "false",
+                 "--output_dir", str(tmp_path / "run")])  # fmt: skip
+    arms = measured(tmp_path)
+    saved = tmp_path / "run" / "seed_42" / "agent"
+    quantised = get_quantization_config(ModelConfig(**{f"load_in_{bits}bit": True}))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu")
+    guard = PrefixGuard(
+        PeftModel.from_pretrained(model, saved / "model"), tokenizer, Prefix.load(saved / "prefix.json")
+    )
+    assert guard.prefix.text == arms["agent"]["winner"]  # the same base, quantised again, has the same fingerprint
 
 
 def test_a_model_that_proposes_nothing_usable_keeps_what_there_is(recipe, base, tmp_path):
@@ -191,6 +220,9 @@ def test_a_model_that_proposes_nothing_usable_keeps_what_there_is(recipe, base, 
     (["--refusals", "0.1"], "--refusals has no effect here"),
     (["--generator", "endpoint"], "needs --generator_url"),
     (["--generator_model", "x"], "a grammar has none"),
+    (["--load_in_4bit", "true"], "give --use_peft"),
+    (["--controls", "mixed"], "1% of 18 trajectories are none to replace"),
+    (["--controls", "mixed", "--dataset", "code_act", "--data_files", "CODE"], "--controls mixed needs --dataset desk"),
     (["--form", "xml"], "--form xml: hermes, json or glm"),
     (["--chat_template_kwargs", "{"], "--chat_template_kwargs {: no JSON"),
     (["--max_new_tokens", "4000"], "and the model takes 4096"),
@@ -200,7 +232,11 @@ def test_bad_input_is_told_before_any_time_is_spent(recipe, base, tmp_path, flag
     bad = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
         {"type": "function", "function": {"name": "fly", "arguments": {}}}]}]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": bad, "tools": list(TOOLS)}))
-    flags = [flag.replace("ROWS", str(tmp_path / "rows.jsonl")) for flag in flags]
+    codes = [{"id": n, "conversations": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "x"}]}
+             for n in range(40)]  # fmt: skip
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in codes))
+    files = {"ROWS": str(tmp_path / "rows.jsonl"), "CODE": str(tmp_path / "code.jsonl")}
+    flags = [files.get(flag, flag) for flag in flags]
     with pytest.raises(SystemExit) as stopped:
         recipe.main([*SHORT, "--model_name_or_path", str(base / "qwen25_7b"), *flags,
                      "--output_dir", str(tmp_path / "run")])  # fmt: skip

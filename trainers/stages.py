@@ -69,11 +69,15 @@ def run_stage(
 
 def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, merged: bool) -> Any:
     """What a stage has saved, whole."""
-    folder, kind, options = Path(args.output_dir) / "model", type(model), {"dtype": model.dtype}
+    folder, kind = Path(args.output_dir) / "model", type(model)
+    options: dict[str, Any] = {"dtype": model.dtype}
     with whole_models(args):
         if peft_config is None:
             return kind.from_pretrained(folder, **options).to(args.device).eval()
-        base = kind.from_pretrained(model.config._name_or_path, **options).to(args.device) if _cut(model) else model
+        base: Any = model
+        if _cut(model):
+            options |= {"revision": getattr(model.config, "_commit_hash", None) or "main"}
+            base = kind.from_pretrained(model.config._name_or_path, **options).to(args.device)
         tuned = PeftModel.from_pretrained(base, folder).eval()
     return tuned.merge_and_unload() if merged else tuned
 

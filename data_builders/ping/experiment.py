@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,11 @@ class DeskArguments:
                 **dict.fromkeys(TESTS, self.test_tasks)}  # fmt: skip
 
 
+def tests_of(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Pairs of each test's tasks."""
+    return {name: sizes[name] for name in TESTS}
+
+
 class DeskExperiment:
     """All data of one seed.
 
@@ -79,6 +84,10 @@ class DeskExperiment:
         self.corpus = Corpus(self.lexicon, self.stances, mixture)
         self.alignment = Alignment(self.corpus, self.parts["seen"])
         self.tasks: dict[str, list[Task]] = task_sets(self.lexicon, args.sizes(), seed)
+
+    def facts(self) -> tuple[str, dict[str, int]]:
+        """What a run is on."""
+        return "made anew from the seeds", tests_of(self.args.sizes())
 
     @property
     def identity(self) -> dict[str, Any]:

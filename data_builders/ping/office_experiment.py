@@ -8,9 +8,10 @@ from itertools import cycle
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from ..rows import fingerprint
 from . import PingDataArguments, build
 from .desk import TOOLS
-from .experiment import DeskArguments
+from .experiment import DeskArguments, tests_of
 from .office import OFFICE
 from .splits import by_harm, task_sets
 from .tasks import Task
@@ -45,21 +46,41 @@ class OfficeExperiment:
     system, fixed, safety, told, forged = SYSTEM, FIXED, SAFETY, TOLD, FORGED
 
     def __init__(self, sizes: DeskArguments, rows: PingDataArguments, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.public = seed, rows.dataset != "desk"
         self.tasks: dict[str, list[Task]] = task_sets(OFFICE, sizes.sizes(), seed)
         self.built = build(replace(rows, rows_seed=seed))
+        self.sizes = sizes.sizes()
+
+    def facts(self) -> tuple[str, dict[str, int]]:
+        """What a run is on: the fingerprint of rows to train on and to watch by, and how many of what there are."""
+        return fingerprint(self.built), {
+            **{name: len(rows) for name, rows in self.built.items()},
+            **tests_of(self.sizes),
+        }
 
     def rows(self, refused: float = 0.0) -> Dataset:
-        """Rows to train on, of which a share `refused` is replaced by refusals of harmful tasks at the desk."""
+        """Rows to train on, of which a share `refused` is replaced by refusals of harmful tasks at the desk.
+
+        ValueError for a share that comes to none, or of a public set: there only refusals would have the desk's tools,
+        and an agent would learn to refuse where it sees them.
+        """
         from datasets import Dataset
 
         rows = self.built["train"]
         if not refused:
             return rows
+        if self.public:
+            raise ValueError(
+                "--controls mixed needs --dataset desk: refusals at the desk beside other tools teach nothing"
+            )
         rng = Random(f"refusals {self.seed}")
         harmful = [task for task in self.tasks["train"] if task.harmful]
         made = list(rows)
         places = rng.sample(range(len(made)), round(refused * len(made)))
+        if not places:
+            raise ValueError(
+                f"{refused:.0%} of {len(made)} trajectories are none to replace by refusals: give more --tasks"
+            )
         for place, task in zip(places, cycle(harmful), strict=False):
             no = refusal(task, rng)
             made[place] = {**made[place], "id": task.id, "messages": no, "tools": list(TOOLS), "loss": [True]}

@@ -34,14 +34,16 @@ SHOWN: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }  # fmt: skip
 DOSED = {"RR": ("", "RR"), "RR, own prefix": ("PING", "RR"), "SR": ("", "SR"), "SR, own prefix": ("PING", "SR")}
 
+LOADED = {"module": "transformers", "function": "AutoModelForCausalLM.from_pretrained"}
 WATCHED = ("SR", "ASR", "RR")
 
 
-def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]) -> None:
-    """Fill the run folder."""
+def write_report(run: RunFolder, records: Records, base: str | None, revision: str | None, adapter: bool) -> None:
+    """Fill the run folder; `base`: the model's name, None of the embedded one's; `adapter`: agents are adapters beside
+    it, not models of their own."""
     results = Results(records)
     found = {name: row for name, where in _agents(results).items() if (row := measured(results, where))}
-    last = records[results.seeds[0]]
+    last, folder = records[results.seeds[0]], f"seed_{results.seeds[0]}/agent/model"
     run.update(
         metrics={
             "before": measured(results, BEFORE), "after": measured(results, AGENT), "agents": found,
@@ -56,7 +58,9 @@ def write_report(run: RunFolder, records: Records, base_model: Mapping[str, Any]
             "seconds": {name: round(record["seconds"], 2) for name, record in last.items()},
             "peak_memory_bytes": {name: record["peak_memory_bytes"] for name, record in last.items()},
         },
-        base_model=base_model,
+        base_model={"name": base, "revision": revision} if base else {"name": "from scratch"},
+        prefix=f"seed_{results.seeds[0]}/agent/prefix.json",
+        **({"adapter": folder} if adapter else {"model": {"folder": folder, **LOADED}}),
     )  # fmt: skip
     run.samples(_samples(records))
     _draw(run, results)

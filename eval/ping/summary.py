@@ -72,7 +72,9 @@ class Results:
         if not found:
             return None
         ratio = _plain(found)
-        return {**ratio, "low": None if ratio["low"] is None else max(0.0, ratio["low"])}
+        if ratio["low"] is None or ratio["low"] == ratio["high"]:  # seeds alike show no spread, not certainty
+            return {**ratio, "low": None, "high": None}
+        return {**ratio, "low": max(0.0, ratio["low"])}
 
     def net(self, where: Where, sets: Sequence[str] = HELD_OUT) -> dict[int, float]:
         """Seed -> RR less the share of harmless tasks that are refused."""

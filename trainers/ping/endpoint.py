@@ -20,6 +20,7 @@ class Endpoint:
         url: up to `/v1`.
         model: its name there.
         key_variable: the environment variable that holds the key, where the server asks for one.
+        key: the key itself, instead.
         retries, wait: after an error of the server or network; waiting doubles. Then OSError.
     """
 
@@ -29,16 +30,18 @@ class Endpoint:
     timeout: float = 120.0
     retries: int = 3
     wait: float = 1.0
+    key: str | None = None
 
     def chat(self, **asked: Any) -> str:
         """The text of a reply to `messages` and other fields of the interface. OSError for an answer without one."""
         return str(self.message(**asked)["content"])
 
     def message(self, **asked: Any) -> dict[str, Any]:
-        """The whole message: its `content`, "" where there is none, and `tool_calls` where the server found some."""
+        """The whole message: its `content`, "" where there is none, `tool_calls` where the server found some, and the
+        `finish_reason`."""
         answer = self.post("/chat/completions", {"model": self.model, **asked})
         try:
-            found = dict(answer["choices"][0]["message"])
+            found = dict(answer["choices"][0]["message"], finish_reason=answer["choices"][0].get("finish_reason"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise OSError(f"{self.url} answered without a message: {json.dumps(answer)[:200]}") from error
         if not isinstance(content := found.get("content") or "", str):
@@ -48,7 +51,7 @@ class Endpoint:
     def post(self, path: str, asked: Any) -> Any:
         """The answer as JSON; `path` behind the URL, or one that begins with `/..` beside its `/v1`."""
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
+        if key := self.key or os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
         root = self.url.rstrip("/")
         if path.startswith("/.."):

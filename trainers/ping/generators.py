@@ -130,7 +130,7 @@ class ModelGenerator:
         generate: Any = self.model.generate
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(rng.getrandbits(32))
-            output = generate(**batch, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+            output = generate(**batch, synced_gpus=False, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
                               max_new_tokens=NEW_TOKENS)  # fmt: skip
         written = output[0, batch["input_ids"].shape[1] :]
         return read(str(self.tokenizer.decode(written, skip_special_tokens=True)))

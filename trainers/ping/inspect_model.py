@@ -32,6 +32,7 @@ from .endpoint import Endpoint
 from .prefix import Prefix
 from .server import ServerGuard
 
+KEY = "PING_API_KEY"  # not OPENAI_API_KEY, which is the judges'
 OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
 
 
@@ -40,6 +41,7 @@ class GuardedModel(ModelAPI):
     """A server with OpenAI's chat interface, whose replies begin with a prefix.
 
     Args:
+        api_key: of the server, if it asks for one (default: the variable PING_API_KEY).
         prefix: a file of `Prefix.save`. Its fingerprint cannot be checked against a served model.
         fallback: where the server does not continue it, use it as a suffix, with a warning.
         timeout, retries: of a request.
@@ -60,7 +62,7 @@ class GuardedModel(ModelAPI):
         if base_url is None:
             raise ValueError("give the server: --model-base-url http://127.0.0.1:8000/v1")
         found = Prefix("") if prefix is None else Prefix.load(prefix)
-        endpoint = Endpoint(base_url, model_name, timeout=timeout, retries=retries)
+        endpoint = Endpoint(base_url, model_name, key_variable=KEY, key=api_key, timeout=timeout, retries=retries)
         self.guard = ServerGuard(endpoint, replace(found, fingerprint=None), fallback=bool(fallback))
 
     async def generate(
@@ -79,7 +81,10 @@ class GuardedModel(ModelAPI):
         calls = [_call(one) for one in turn.get("tool_calls", [])]
         message = ChatMessageAssistant(content=turn["content"], tool_calls=calls or None, model=self.model_name,
                                        source="generate", metadata={"position": turn["position"]})  # fmt: skip
-        choice = ChatCompletionChoice(message=message, stop_reason="tool_calls" if calls else "stop")
+        cut = turn.get("finish_reason") == "length"
+        choice = ChatCompletionChoice(
+            message=message, stop_reason="max_tokens" if cut else "tool_calls" if calls else "stop"
+        )
         return ModelOutput(model=self.model_name, choices=[choice])
 
 

@@ -93,3 +93,19 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
     )
     if found := [name for name in arms.controls or () if name in EMBEDDED]:
         raise ValueError(f"--controls {found[0]} is of the embedded world (--use_peft trains an adapter)")
+    plugin = getattr(training, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else 0
+    if "constrained" in (arms.controls or ()) and stage and not model.use_peft:
+        raise ValueError(
+            "--controls constrained keeps a second copy of the model, which ZeRO does not: add --use_peft"
+        )
+    if stage == 3 and arms.watch_every:
+        raise ValueError(
+            f"--watch_every {arms.watch_every}: under ZeRO-3 no process has the whole model while it trains"
+        )
+    if stage == 3 and (model.load_in_4bit or model.load_in_8bit):
+        raise ValueError("ZeRO-3 cannot cut a quantised base over the processes: take ZeRO-2 or DDP")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise ValueError(
+            "a quantised base cannot be trained itself: give --use_peft, which trains an adapter beside it"
+        )

@@ -121,12 +121,20 @@ class PrefixGuard:
         reply = guard.generate(messages, tools=tools, max_new_tokens=256)
         messages.append(reply)
 
+    `template`: the chat template's own arguments, as the search had them.
+
     Raises:
         ValueError: a prefix that was searched for another model, or is longer than this one's positions.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefix: Prefix) -> None:
-        self.model, self.tokenizer, self.prefix = model, tokenizer, prefix
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: Prefix,
+        template: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.prefix, self.template = model, tokenizer, prefix, dict(template or {})
         if prefix.fingerprint is not None and prefix.fingerprint != (found := checkpoint_fingerprint(model)):
             raise ValueError(
                 f"the prefix was searched for the model {prefix.fingerprint}, and this one is {found}: search anew, "
@@ -145,7 +153,7 @@ class PrefixGuard:
     ) -> dict[str, str]:
         """The next message of the assistant; `options` are those of `generate`. Its `content` is what belongs into the
         conversation, `continuation` what the model itself wrote: judge the latter alone."""
-        text = self.prefix.prompt(self.tokenizer, messages, tools)
+        text = self.prefix.prompt(self.tokenizer, messages, tools, **self.template)
         self._fits(text, "conversation with its prefix")
         batch = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self.model.device)
         with torch.no_grad():

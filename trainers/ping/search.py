@@ -13,10 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from torch import distributed
 from tqdm.auto import tqdm
 
 from ...files import is_main_process
+from ..processes import of_main
 
 TRIES = 3  # of a generator, before a round is given up
 
@@ -115,13 +115,10 @@ class PrefixSearch:
         self.start, self.longest, self.seed, self.progress = tuple(start), longest, seed, progress
         self.log = Path(log) if log else None
         self.pool: list[Scored] = []
-        self._proposed: dict[int, list[str]] = {}
-        self._known: dict[str, Scored] = {}
         names = [repr(task) for task in (*benign, *harmful)]  # what they ask for, not only what they are called
         settings = [agent.key, names, candidates, seeds, threshold, list(start), seed]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        if self.log and self.log.exists():
-            self._read()
+        self._proposed, self._known = of_main(self._read)
 
     def run(self) -> Scored:
         """The best of all that was scored; of equals the first."""
@@ -179,24 +176,13 @@ class PrefixSearch:
 
     def _propose(self, number: int) -> list[str]:
         """The round's candidates: those of the log, or new ones, without what a round has twice."""
-        if number in self._proposed:  # of the log, or of an earlier call
-            return self._proposed[number]
-        kept, reason = self._ask(number) if is_main_process() else ([], "")
-        if distributed.is_available() and distributed.is_initialized():  # what one process drew goes to all
-            box: list[Any] = [kept, reason]
-            distributed.broadcast_object_list(box)
-            kept, reason = box
-        if not kept:
-            where = f"; they are in {self.log}" if self.log else ""
-            raise SearchError(
-                f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
-            )
-        self._write({"round": number, "proposed": kept})
-        self._proposed[number] = kept
-        return kept
+        if number not in self._proposed:  # else of the log, or of an earlier call
+            self._proposed[number] = of_main(lambda: self._ask(number))
+            self._write({"round": number, "proposed": self._proposed[number]})
+        return self._proposed[number]
 
-    def _ask(self, number: int) -> tuple[list[str], str]:
-        """What the generator proposes that can be used, or why there is nothing."""
+    def _ask(self, number: int) -> list[str]:
+        """What the generator proposes that can be used."""
         rng, reason = Random(f"{self.seed} {number}"), "nothing usable was proposed"
         for _ in range(TRIES):
             try:
@@ -206,8 +192,11 @@ class PrefixSearch:
                 continue
             texts = [text.strip() for text in found]
             if kept := list(dict.fromkeys(text for text in texts if self._usable(text)))[: self.candidates]:
-                return kept, ""
-        return [], reason
+                return kept
+        where = f"; they are in {self.log}" if self.log else ""
+        raise SearchError(
+            f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
+        )
 
     def _usable(self, text: str) -> bool:
         """Not empty, not too long, and text that can be written down (no half of a surrogate pair)."""
@@ -233,8 +222,12 @@ class PrefixSearch:
                 file.write(json.dumps({"search": self.key}) + "\n")
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def _read(self) -> None:
-        assert self.log
+    def _read(self) -> tuple[dict[int, list[str]], dict[str, Scored]]:
+        """Rounds and scores of the log."""
+        proposed: dict[int, list[str]] = {}
+        known: dict[str, Scored] = {}
+        if not (self.log and self.log.exists()):
+            return proposed, known
         lines = self.log.read_bytes().split(b"\n")
         # A kill may have cut the last line: it is scored again.
         entries = [json.loads(line) for line in lines[:-1]]
@@ -242,13 +235,14 @@ class PrefixSearch:
             raise ValueError(
                 f"{self.log} holds another search (model, template, tasks or settings differ); give another file"
             )
-        if lines[-1] and is_main_process():
+        if lines[-1]:
             self.log.write_bytes(b"\n".join([*lines[:-1], b""]))
         for entry in entries[1:]:
             if "proposed" in entry:
-                self._proposed[entry["round"]] = entry["proposed"]
+                proposed[entry["round"]] = entry["proposed"]
             else:
-                self._known[entry["text"]] = Scored(**entry)
+                known[entry["text"]] = Scored(**entry)
+        return proposed, known
 
 
 def _mean(values: Sequence[float]) -> float:

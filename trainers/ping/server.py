@@ -47,8 +47,8 @@ class ServerGuard:
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> dict[str, Any]:
         """The next message of the assistant; `options` are fields of the chat interface. `content` belongs into the
-        conversation, `continuation` is what the model itself wrote, `position` where the sentence stood, `tool_calls`
-        (where there are some) what the server read as calls."""
+        conversation, `continuation` is what the model itself wrote, `position` where the sentence stood; `tool_calls`
+        and `finish_reason` are the server's, where it gives them."""
         asked = {**options, **({"tools": list(tools)} if tools else {})}
         opening = self.prefix.opening(messages)
         if not opening:
@@ -100,5 +100,5 @@ class ServerGuard:
 
 
 def _turn(said: Mapping[str, Any], content: str, continuation: str, position: str) -> dict[str, Any]:
-    calls = {"tool_calls": said["tool_calls"]} if said.get("tool_calls") else {}
+    calls = {name: said[name] for name in ("tool_calls", "finish_reason") if said.get(name)}
     return {"role": "assistant", "content": content, "continuation": continuation, "position": position, **calls}

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
+from ...files import is_main_process
 from ..base_model import load_base
 from ..whole import whole_models
 from .arms import Arm, ArmArguments
@@ -30,7 +31,7 @@ class Tiny:
         report: called with an arm's key while its model is built.
     """
 
-    separator, merged, tools = "", True, None
+    separator, lead, merged = "", "", True
     speaks: Mapping[str, Any] = {"form": "words", "max_new_tokens": 24, "min_new_tokens": 1}
 
     def __init__(self, args: ArmArguments, seed: int, tokenizer: Any,
@@ -81,6 +82,11 @@ class Pretrained:
         return model
 
     @property
+    def lead(self) -> str:
+        """What stands in front of a prefix: GLM's replies begin with a line's end, or else with a function's name."""
+        return "\n" if self.speaks["form"] == "glm" else ""
+
+    @property
     def speaks(self) -> dict[str, Any]:
         form = self.given.form or self.form_of(self.tokenizer)
         return {"form": form, "max_new_tokens": self.given.max_new_tokens, "template": self.template}
@@ -91,7 +97,7 @@ class Pretrained:
     def generator(self, start: Any) -> Any:
         """What `--generator` says. `start`: the model that fine-tuning begins with."""
         search = self.search
-        if search.generator == "grammar":
+        if search.generator == "grammar" or not is_main_process():  # only the first process proposes
             return self.grammar
         if search.generator == "endpoint":
             return EndpointGenerator(str(search.generator_url), str(search.generator_model))

@@ -158,9 +158,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(found)
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset, template: str) -> None:
-    """ValueError for a conversation that the chat template cannot write (some take one call a turn, others no system
-    message), with its row."""
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """ValueError for a template that `training_template` refuses, or a conversation that it cannot write (some take
+    one call a turn, others no system message), with its row."""
+    template = training_template(tokenizer)
     for row in rows:
         try:
             tokenizer.apply_chat_template(row["messages"], tools=row.get("tools") or None, chat_template=template,
