@@ -193,7 +193,7 @@ class PrefixSearch:
             texts = [text.strip() for text in found]
             if kept := list(dict.fromkeys(text for text in texts if self._usable(text)))[: self.candidates]:
                 return kept
-        where = f"; they are in {self.log}" if self.log else ""
+        where = f"; they are in {self.log}" if self.log and self.pool else ""
         raise SearchError(
             f"round {number}, tried {TRIES} times: {reason}. {len(self.pool)} prefixes have been scored{where}"
         )
