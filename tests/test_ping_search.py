@@ -1,6 +1,7 @@
 """The search by the paper's rules, against a brute-force agent; what stops it and goes on; generators and a server."""
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
@@ -76,6 +77,14 @@ def test_seeds_are_three_lists_and_none_below_the_threshold():
     assert [one.text for one in fourth.performance] == ["aaaa", "aaab"]
     assert [one.text for one in search.pool] == ["a", "b", "aaab", "abbb", "ab", "aabb", "aaaa", "bbbb", "x"]
     assert best == Scored("aaab", 0.75, 0.25, 2)
+
+
+def test_behind_an_infinite_threshold_nothing_is_ever_shown():
+    generator, agent = Listed([["a", "b"], ["aaaabbbb", "b"], ["ab"]]), Lettered()
+    search = PrefixSearch(generator, agent, BENIGN, HARMFUL, rounds=3, threshold=math.inf)
+    assert search.run().text == "aaaabbbb" and generator.shown == [None] * 3
+    assert [one.text for one in search.pool] == ["a", "b", "aaaabbbb", "ab"]
+    assert agent.asked == [(text, harmful) for harmful in (False, True) for text in ("a", "b", "aaaabbbb", "ab")]
 
 
 def test_nothing_is_scored_twice_and_at_most_as_many_as_asked():

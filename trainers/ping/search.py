@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class PrefixSearch:
         candidates: proposed in a round (M).
         rounds: how many, the first included (T).
         seeds: how many of each of three lists the generator is shown (k).
-        threshold: while nothing scores as much overall (tau), it is shown nothing, and explores.
+        threshold: while nothing scores as much overall (tau), it is shown nothing, and explores; infinite: always.
         start: prefixes to begin with; then no round is without seeds by rule.
         log: a JSONL file of proposals and scores. A search that was stopped goes on from it; nothing is scored twice.
         longest: of a prefix, in characters; longer proposals are left out.
@@ -122,13 +123,16 @@ class PrefixSearch:
 
     def run(self) -> Scored:
         """The best of all that was scored; of equals the first."""
-        left = self.rounds
         if self.start:
             self._score(list(dict.fromkeys(self.start)), 0)
+        if math.isinf(self.threshold):  # nothing is ever shown: all rounds at once, in large batches
+            texts = [text for number in range(1, self.rounds + 1) for text in self._propose(number)]
+            self._score(list(dict.fromkeys(texts)), 1)
+            return self.best
         with tqdm(
             total=self.rounds, disable=not (self.progress and is_main_process()), desc="search", unit="round"
         ) as bar:
-            for number in range(1, left + 1):
+            for number in range(1, self.rounds + 1):
                 self._score(self._propose(number), number)
                 bar.set_postfix(best=f"{self.best.overall:.2f}", refresh=False)
                 bar.update()
