@@ -241,7 +241,8 @@ def test_runs_two_steps_on_a_tiny_model(recipe, tiny_models, name, tmp_path, mon
 # ---- accelerate ----
 
 
-KINDS = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+KINDS = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED",
+         "zero3_offload": "DEEPSPEED"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -252,7 +253,7 @@ def test_accelerate_config(name):
     assert config.use_cpu == (name == "cpu")
     assert config.mixed_precision == "no"  # the recipe's --bf16 decides
     assert config.fsdp_config.get("fsdp_version") == (2 if name == "fsdp2" else None)
-    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(name)
+    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(name)
     command = ACCELERATE[name].read_text().splitlines()[1]
     assert command.startswith(f"#   accelerate launch --config_file accelerate_configs/{name}.yaml ")
 

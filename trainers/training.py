@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import is_bf16_available
+from accelerate.utils import DistributedType, is_bf16_available
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -53,6 +53,13 @@ class HouseArguments:
             if getattr(self, "activation_checkpointing") is None:  # noqa: B009
                 self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()  # type: ignore[misc]
+        state = self.distributed_state  # type: ignore[attr-defined]
+        if state is not None and state.num_processes > 1 and state.distributed_type == DistributedType.NO:
+            raise ValueError(
+                f"{state.num_processes} processes were started that would train copies of their own, in silence: "
+                "accelerate finds no accelerator for this configuration. On CPUs start them with torchrun, --use_cpu "
+                "true (plain data parallelism), or with zero2.yaml or zero3.yaml and --ddp_backend gloo"
+            )
 
 
 def bare(model: Any) -> Any:
