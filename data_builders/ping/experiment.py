@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +111,21 @@ class DeskExperiment:
         ]
         return sorted({word for text in texts for word in PIECES.findall(text)})
 
+    @cached_property
+    def _done(self) -> tuple[list[tuple[Task, Task]], list[list[dict[str, Any]]], Any]:
+        """Twins of training, trajectories of the harmless ones, and the random state behind them."""
+        rng, talker = Random(f"trajectories {self.seed}"), self.corpus.talker
+        twins = pairs(self.parts["seen"], FAMILIES, TRAINED, self.args.trajectories, "train", rng)
+        return twins, [talker.trajectory(harmless, rng) for harmless, _ in twins], rng.getstate()
+
     def rows(self, refused: float = 0.0) -> Dataset:
         """Trajectories of harmless tasks (column `messages`), of which a share `refused` is replaced by refusals of
         harmful ones; the tasks are about what the alignment was about."""
         from datasets import Dataset, Features, Json, List
 
-        rng, talker = Random(f"trajectories {self.seed}"), self.corpus.talker
-        twins = pairs(self.parts["seen"], FAMILIES, TRAINED, self.args.trajectories, "train", rng)
-        made = [talker.trajectory(harmless, rng) for harmless, _ in twins]
+        twins, done, state = self._done
+        made, rng = list(done), Random()
+        rng.setstate(state)
         worded = [place for place, (_, harmful) in enumerate(twins) if harmful.family in WORDED]
         for place in worded[: round(refused * len(twins))]:
             harmful = twins[place][1]
