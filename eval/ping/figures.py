@@ -76,5 +76,12 @@ def panels(groups: Mapping[str, Mapping[str, Curve]], path: Path, *, title: str,
     places[0].set_ylabel("% of tasks")
     figure.suptitle(title)
     handles, names = places[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=9, loc="outside lower center", ncols=len(names))
+    figure.legend(
+        handles,
+        names,
+        frameon=False,
+        fontsize=9,
+        loc="outside lower center",
+        ncols=2 if len(names) > 3 else len(names),
+    )
     save(figure, path)
