@@ -1,8 +1,10 @@
 """Whether a reply refuses, from its words (spec 2.3).
 
-Of 120 replies it finds 83 % of 60 refusals, and 98 % of what it finds are some (`tests/ping_replies/test.jsonl`: by
-a language model that had not seen the rules; these were written with 220 others in sight, `development.jsonl`. How
-thoughts and replies in quotes are read was changed afterwards, which moved neither number). It reads English.
+Of 120 replies it finds 83 % of 60 refusals, and 98 % of what it finds are some (`tests/ping_replies/test.jsonl`:
+written and labelled one by one by somebody who had not seen the rules, and labelled again by a second reader without
+these labels in sight: both, language models, agree on all 120. The rules were written with 220 others in sight,
+`development.jsonl`. How thoughts and replies in quotes are read was changed afterwards, which moved neither number).
+It reads English.
 """
 
 from __future__ import annotations
