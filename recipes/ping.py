@@ -42,7 +42,7 @@ from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fingerprint import checkpoint_fingerprint
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.ping.arms import Arm, ArmArguments
-from steerbook.trainers.ping.base import MODEL, PARTS, desk_tokenizer
+from steerbook.trainers.ping.base import PARTS, desk_tokenizer, size
 from steerbook.trainers.ping.generators import GrammarGenerator, words_of
 from steerbook.trainers.ping.options import PRETRAINED, WORLD, PretrainedArguments, SearchArguments, check
 from steerbook.trainers.ping.prefix import Prefix
@@ -52,11 +52,11 @@ from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer, che
 from steerbook.trainers.ping.watch import Watch, watched
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.stages import run_stage
-from steerbook.trainers.tiny_lm import TinyConfig, new_model
+from steerbook.trainers.tiny_lm import new_model
 
 COMMON = {
     "learning_rate": 5e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "max_steps": 60,
-    "per_device_train_batch_size": 32, "max_length": 512, "gradient_checkpointing": False,
+    "per_device_train_batch_size": 16, "max_length": 512, "gradient_checkpointing": False,
     "train_sampling_strategy": "group_by_length", "save_strategy": "no", "logging_steps": 20,
     "turns": "first", "threshold": 1.0, "watch_every": 15, "eval_batch_size": 256}  # fmt: skip
 PRESETS: dict[tuple[bool, str], dict[str, Any]] = {  # (embedded world?, preset)
@@ -128,7 +128,7 @@ class Arms:
 
         tokenizer = desk_tokenizer(world.words(), ROLES, BOS, END, TEMPLATE)
         grammar = GrammarGenerator(world.slots, allowed=world.allowed())
-        self.side = Tiny(settings.arms, seed, tokenizer, stages, grammar, report)
+        self.side = Tiny(settings.arms, seed, tokenizer, stages, grammar, report, settings.training.device)
 
     def fit(self, arm: Arm) -> Fit:
         if arm.kind != "agent":
@@ -260,7 +260,7 @@ def dry_run(settings: Settings) -> None:
     quiet_libraries()
     arms = Arms(settings, settings.recipe.seeds[0])
     arm = arms.side.planned["agent"]
-    model = new_model(arms.side.tokenizer, TinyConfig(**MODEL), seed=0) if settings.toy else arms.side.model(arm)
+    model = new_model(arms.side.tokenizer, size(settings.arms), seed=0) if settings.toy else arms.side.model(arm)
     with tempfile.TemporaryDirectory() as settings.training.output_dir:  # the Trainer makes its folder at once
         trainer = AgentSFTTrainer(model, settings.training, arms.data.rows(), processing_class=arms.side.tokenizer,
                                   peft_config=arms.side.adapter(arm))  # fmt: skip

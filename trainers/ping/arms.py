@@ -54,6 +54,8 @@ class ArmArguments:
         default=0, metadata={"help": "Measure validation tasks every so many steps of training (0: never)."}
     )
     doses: bool = field(default=True, metadata={"help": "Models with other doses of stances, of the first seed."})
+    base_width: int = field(default=128, metadata={"help": "Hidden size of the embedded model: a multiple of 64."})
+    base_layers: int = field(default=4, metadata={"help": "Layers of the embedded model."})
     base_steps: int = field(default=900, metadata={"help": "Steps of the general corpus."})
     aligned_steps: int = field(default=250, metadata={"help": "Steps of alignment."})
     lora_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the lora control."})
@@ -62,9 +64,12 @@ class ArmArguments:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.controls or () if name not in CONTROLS]:
             raise ValueError(f"--controls {unknown[0]}: any of {', '.join(CONTROLS)}")
-        for name, least in (("base_steps", 1), ("aligned_steps", 1), ("lora_rank", 1), ("watch_every", 0)):
+        for name, least in (("base_steps", 1), ("aligned_steps", 1), ("lora_rank", 1), ("watch_every", 0),
+                            ("base_layers", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
+        if self.base_width < 64 or self.base_width % 64:
+            raise ValueError(f"--base_width {self.base_width}: a multiple of 64 (pairs of heads of 32)")
 
     def planned(self, toy: bool) -> list[Arm]:
         """In the order in which they are made; `toy`: in the embedded world, whose aligned model has a base."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,11 +21,10 @@ from .arms import Arm, ArmArguments
 
 FORMAT = 1  # raise it when the same settings would give another model
 PARTS = 10  # of a stage, after each of which `report` is called
+HEAD = 32  # width of an attention head
 Document = Sequence[tuple[str, bool]]  # parts of a text, and whether they are learned
 Draw = Callable[[Random], Document]
-MODEL = {"hidden_size": 128, "intermediate_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32,
-         "batch_size": 48, "length": 128, "unfocused_weight": 0.05}  # fmt: skip
-RATES = {"base": 4e-3, "aligned": 1.2e-3}
+RATES = {"base": 4e-3, "aligned": 1.2e-3}  # at a hidden size of 128; a wider model's are lower in proportion
 
 
 def desk_tokenizer(words: Sequence[str], roles: Sequence[str], begin: str, end: str, template: str) -> Any:
@@ -50,6 +50,7 @@ def reading_model(
     start: Path | None = None,
     cache_dir: str | Path | None = None,
     report: Callable[[], None] = lambda: None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """The folder of a model that has read documents, built once and then taken from the cache.
 
@@ -59,6 +60,7 @@ def reading_model(
             weight of what is not learned.
         start: the model to go on with; else a new one.
         report: called after every tenth of the steps.
+        device: where it is trained; models of the same settings made elsewhere are taken, too.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
@@ -67,6 +69,7 @@ def reading_model(
 
     def build(folder: Path) -> None:
         model = LlamaForCausalLM.from_pretrained(start) if start else new_model(tokenizer, config, seed)
+        model.to(device)
         rng = Random(f"{seed} {'reading' if start is None else 'going on'}")
         optimizer = torch.optim.AdamW(
             model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
@@ -99,6 +102,7 @@ def tiny_model(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     report: Callable[[str], None],
+    device: str | torch.device = "cpu",
 ) -> Path:
     """The folder of a model that has read the general corpus, and the alignment behind it.
 
@@ -108,13 +112,21 @@ def tiny_model(
     """
     start = None
     if arm.start:
-        start = tiny_model(planned[arm.start], planned, stages, args, tokenizer, seed, report)
+        start = tiny_model(planned[arm.start], planned, stages, args, tokenizer, seed, report, device)
     steps = args.aligned_steps if arm.start else args.base_steps
-    config = TinyConfig(**MODEL, steps=steps, learning_rate=RATES[arm.kind],  # type: ignore[arg-type]
-                        warmup_steps=max(1, steps // 16))  # fmt: skip
+    config = replace(size(args), steps=steps, learning_rate=RATES[arm.kind] * 128 / args.base_width,
+                     warmup_steps=max(1, steps // 16))  # fmt: skip
     draw, identity = stages(arm)
     return reading_model(tokenizer, draw, [identity, arm.kind], seed=seed, config=config, start=start,
-                         report=lambda: report(arm.key))  # fmt: skip
+                         report=lambda: report(arm.key), device=device)  # fmt: skip
+
+
+def size(args: ArmArguments) -> TinyConfig:
+    """Of the embedded model; a step of its training."""
+    heads = args.base_width // HEAD
+    return TinyConfig(hidden_size=args.base_width, intermediate_size=2 * args.base_width, layers=args.base_layers,
+                      heads=heads, kv_heads=heads // 2, head_dim=HEAD, batch_size=48, length=128,
+                      unfocused_weight=0.05)  # fmt: skip
 
 
 def document_loss(
@@ -131,6 +143,8 @@ def document_loss(
         learned.append([int(keep) for part, keep in found for _ in part])
     rows, numbers = pack(ids, config.length, tokenizer.pad_token_id)
     keep, _ = pack(learned, config.length, 0)
+    device = model.device
+    rows, numbers, keep = rows.to(device), numbers.to(device), keep.to(device)
     inputs, starts = packed_inputs(rows, numbers)
     weights = torch.where(keep > 0, 1.0, config.unfocused_weight) * (~starts & (numbers > 0))
     weights = weights[:, 1:]

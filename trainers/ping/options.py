@@ -89,8 +89,9 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
         refuse(model, ("use_peft", "load_in_4bit", "load_in_8bit"), PRETRAINED)
         return
     refuse(
-        arms, ("doses", "base_steps", "aligned_steps", "lora_rank", "lora_learning_rate"), "is of the embedded world"
-    )
+        arms, ("doses", "base_width", "base_layers", "base_steps", "aligned_steps", "lora_rank", "lora_learning_rate"),
+        "is of the embedded world",
+    )  # fmt: skip
     if found := [name for name in arms.controls or () if name in EMBEDDED]:
         raise ValueError(f"--controls {found[0]} is of the embedded world (--use_peft trains an adapter)")
     plugin = getattr(training, "deepspeed_plugin", None)

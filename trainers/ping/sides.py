@@ -36,16 +36,18 @@ class Tiny:
 
     def __init__(self, args: ArmArguments, seed: int, tokenizer: Any,
                  stages: Callable[[Arm], tuple[Draw, Any]], grammar: GrammarGenerator,
-                 report: Callable[[str], None]) -> None:  # fmt: skip
+                 report: Callable[[str], None], device: Any) -> None:  # fmt: skip
+        self.device = device
         self.args, self.seed, self.tokenizer, self.stages = args, seed, tokenizer, stages
         self.grammar, self.report = grammar, report
         self.planned = {arm.key: arm for arm in args.planned(True)}
 
     def base(self, arm: Arm) -> Path:
-        return tiny_model(arm, self.planned, self.stages, self.args, self.tokenizer, self.seed, self.report)
+        return tiny_model(arm, self.planned, self.stages, self.args, self.tokenizer, self.seed, self.report,
+                          self.device)  # fmt: skip
 
     def model(self, arm: Arm, trained: bool = False) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.base(arm))
+        return AutoModelForCausalLM.from_pretrained(self.base(arm)).to(self.device)
 
     def adapter(self, arm: Arm) -> LoraConfig | None:
         rank = self.args.lora_rank
