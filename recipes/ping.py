@@ -133,7 +133,7 @@ class Arms:
     def fit(self, arm: Arm) -> Fit:
         if arm.kind != "agent":
             return Fit(self.side.model(arm), [], 0.0, 0)
-        model, training = self.side.model(self.side.planned[arm.start], trained=True), self.settings.training
+        model, training = self.side.model(self.side.planned[arm.start]), self.settings.training
         rate = self.settings.arms.lora_learning_rate if arm.lora else arm.rate * training.learning_rate
         args = replace(training, constrained=arm.constrained, learning_rate=rate)
         args.disable_tqdm = args.disable_tqdm or self.settings.toy  # one bar stands for all

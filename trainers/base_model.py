@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from .whole import whole_models
+
 
 def load_base(
     config: ModelConfig,
@@ -19,7 +21,7 @@ def load_base(
     keep_in: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (in eval mode, on `device`) and tokenizer; a tokenizer without a padding token pads with EOS.
+    """Model (whole, in eval mode, on `device`) and tokenizer; a tokenizer without a padding token pads with EOS.
 
     Args:
         config: TRL's model flags. Without `model_name_or_path` the folder that `tiny()` returns is the base.
@@ -44,7 +46,8 @@ def load_base(
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+        with whole_models():
+            model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
     except OSError as error:
         raise OSError(
             f"cannot load --model_name_or_path {name}: neither a folder with config.json and weights, nor to be had "

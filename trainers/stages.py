@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..files import write_json
 from .fits import Fit, run_fit
-from .training import own_forward
-from .whole import whole_models
+from .training import own_forward, save_tuned
+from .whole import joined, to_train, whole_models
 
 FINISHED = "finished.json"
 
@@ -45,43 +45,25 @@ def run_stage(
         done = json.loads((folder / FINISHED).read_text())
         return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])
     set_seed(seed)
-    with own_forward(model):
-        trainer = trainer_class(model, args, processing_class=tokenizer, peft_config=peft_config, **data)
+    trained, peft_config, whole = to_train(model, args, peft_config)
+    with own_forward(trained):
+        trainer = trainer_class(trained, args, processing_class=tokenizer, peft_config=peft_config, **data)
         found = run_fit(trainer, folder)
-        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    parts = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # of the weights, one in every process
-    if parts:
-        trainer.save_model(str(folder / "model"))
-    elif trainer.is_world_process_zero():
-        tuned.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        tuned = joined(trainer, whole).eval()
     if trainer.is_world_process_zero():
+        save_tuned(tuned, tokenizer, folder / "model")
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
-    if parts:
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-        return replace(found, model=_load(model, args, peft_config, merged))
     if not merged:
         return replace(found, model=tuned)
-    whole = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-    return replace(found, model=whole.requires_grad_(True))
+    merge = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
+    return replace(found, model=merge.requires_grad_(True))
 
 
 def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, merged: bool) -> Any:
-    """What a stage has saved, whole."""
-    folder, kind = Path(args.output_dir) / "model", type(model)
-    options: dict[str, Any] = {"dtype": model.dtype}
-    with whole_models(args):
-        if peft_config is None:
-            return kind.from_pretrained(folder, **options).to(args.device).eval()
-        base: Any = model
-        if _cut(model):
-            options |= {"revision": getattr(model.config, "_commit_hash", None) or "main"}
-            base = kind.from_pretrained(model.config._name_or_path, **options).to(args.device)
-        tuned = PeftModel.from_pretrained(base, folder).eval()
+    """What a stage has saved."""
+    folder = Path(args.output_dir) / "model"
+    if peft_config is None:
+        with whole_models():
+            return type(model).from_pretrained(folder, dtype=model.dtype).to(args.device).eval()
+    tuned = PeftModel.from_pretrained(model, folder).eval()
     return tuned.merge_and_unload() if merged else tuned
-
-
-def _cut(model: PreTrainedModel) -> bool:
-    """Whether ZeRO-3 has cut it over the processes."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

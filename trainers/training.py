@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,13 +99,34 @@ class FiniteTrainer(Trainer):
         return loss
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise NonFiniteError(
-                    f"{name} holds NaN or infinite values after step {self.state.global_step}; nothing was saved. "
-                    "Lower --learning_rate and start in another --output_dir; what was saved before is untouched."
-                )
-        try:
+        check_finite(self.model, self.state.global_step)
+        with clear_disk_errors(self.args.output_dir):
             super().save_model(*args, **kwargs)
-        except SafetensorError as error:  # a full disk, among others; not an OSError of its own
-            raise OSError(f"cannot save to {self.args.output_dir}: {error}") from error
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """NonFiniteError for a trained parameter that holds NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values after step {step}; nothing was saved. "
+                "Lower --learning_rate and start in another --output_dir; what was saved before is untouched."
+            )
+
+
+@contextmanager
+def clear_disk_errors(folder: str | Path) -> Iterator[None]:
+    """OSError with the folder's name for what safetensors raises where a disk is full, among others."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot save to {folder}: {error}") from error
+
+
+def save_tuned(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A model, or an adapter alone, and its tokenizer, without PEFT's template card, which names folders."""
+    with clear_disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        (folder / "README.md").unlink(missing_ok=True)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...files import write_json
-from ..checkpoints import newest_complete_checkpoint
 from ..fingerprint import model_fingerprint
-from ..fits import Fit
-from ..training import own_forward
+from ..fits import Fit, run_fit
+from ..training import bare, own_forward, save_tuned
+from ..whole import joined, to_train
 from .config import LofitConfig
 from .selection import HeadSelection, learned_scores, top_heads
 from .trainer import LofitDPOConfig, LofitDPOTrainer, LofitSFTConfig, LofitSFTTrainer
@@ -55,26 +54,17 @@ def fit(
         tuned = PeftModel.from_pretrained(model, out_dir)
         return Fit(tuned, done["log"], done["seconds"], done["trained"])
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     set_seed(args.seed)  # initial values are drawn before the Trainer seeds itself; no arm depends on those before it
-    with own_forward(base):
-        trainer = make_trainer(model, tokenizer, rows, args, peft_config)
-        if args.disable_tqdm:
-            trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
-        seconds = time.perf_counter() - start
-        tuned = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    if peft_config is not None:
-        trainer.save_model(str(out_dir))
-        if trainer.is_world_process_zero():
-            # PEFT's template card and the pickled arguments name folders of this machine; ours is the run's report.
-            for name in ("README.md", "training_args.bin"):
-                (out_dir / name).unlink(missing_ok=True)
-            done = {"log": trainer.state.log_history, "seconds": seconds, "trained": trained}
-            write_json(out_dir / FINISHED, done)
-    return Fit(tuned, trainer.state.log_history, seconds, trained)
+    saved = peft_config is not None
+    trained, peft_config, whole = to_train(model, args, peft_config)
+    with own_forward(bare(trained)):
+        trainer = make_trainer(trained, tokenizer, rows, args, peft_config)
+        found = run_fit(trainer, out_dir)
+        found = replace(found, model=joined(trainer, whole))
+    if saved and trainer.is_world_process_zero():
+        save_tuned(found.model, tokenizer, out_dir)
+        write_json(out_dir / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
+    return found
 
 
 def make_trainer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,9 @@ class Tiny:
         return tiny_model(arm, self.planned, self.stages, self.args, self.tokenizer, self.seed, self.report,
                           self.device)  # fmt: skip
 
-    def model(self, arm: Arm, trained: bool = False) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.base(arm)).to(self.device)
+    def model(self, arm: Arm) -> Any:
+        with whole_models():
+            return AutoModelForCausalLM.from_pretrained(self.base(arm)).to(self.device)
 
     def adapter(self, arm: Arm) -> LoraConfig | None:
         rank = self.args.lora_rank
@@ -75,10 +75,8 @@ class Pretrained:
         self.planned = {arm.key: arm for arm in args.planned(False)}
         self.tokenizer: PreTrainedTokenizerBase
 
-    def model(self, arm: Arm, trained: bool = False) -> Any:
-        """`trained`: as the job's engine wants it, which may cut it over the processes; else whole."""
-        with nullcontext() if trained else whole_models(self.training):
-            model, self.tokenizer = load_base(self.config, device=self.training.device)
+    def model(self, arm: Arm) -> Any:
+        model, self.tokenizer = load_base(self.config, device=self.training.device)
         if file := self.training.chat_template_path:
             self.tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
         return model
@@ -106,5 +104,4 @@ class Pretrained:
         if search.generator_model is None:
             return ModelGenerator(start, self.tokenizer, **self.template)
         named = replace(self.config, model_name_or_path=search.generator_model, model_revision="main")
-        with whole_models(self.training):
-            return ModelGenerator(*load_base(named, device=self.training.device))
+        return ModelGenerator(*load_base(named, device=self.training.device))

@@ -14,6 +14,8 @@ from trl import ModelConfig
 
 from ..fits import Fit, run_fit
 from ..stream import Stream
+from ..training import save_tuned
+from ..whole import joined, to_train
 from .softmax import LengthSoftmax, save, use_length_softmax
 from .trainer import HintingConfig, HintingTrainer
 
@@ -159,15 +161,12 @@ def fit(
     args.weights = [text for text in args.weights or [] if text.partition("=")[0] in names]
     if softmax is not None:
         use_length_softmax(model, softmax)
-    trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
+    trained, peft_config, whole = to_train(model, args, peft_config)
+    trainer = HintingTrainer(trained, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
     found = run_fit(trainer, folder)
-    tuned = trainer.model.eval()
-    if peft_config is not None and softmax is not None:  # the softmax stands in the base's config
+    tuned = joined(trainer, whole).eval()
+    if isinstance(tuned, PeftModel) and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
     if trainer.is_world_process_zero():
-        if isinstance(tuned, PeftModel):
-            tuned.save_pretrained(folder / "model")
-        else:
-            save(tuned, folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        save_tuned(tuned, tokenizer, folder / "model", save=save)
     return replace(found, model=tuned)
