@@ -21,10 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from random_vectors import dense_vectors, lora_vectors
 from rich.console import Console
 from rich.table import Table
 from timing import measure, ratio
@@ -34,10 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerbook.files import write_json
 from steerbook.trainers import Composer, TaskVector
-from steerbook.trainers.atlas import LowRank
 from steerbook.trainers.atlas.low_rank import LowRankComposer
 from steerbook.trainers.atlas.one_pass import OnePassAdamW
-from steerbook.trainers.atlas.task_vector import LazyTensors
 
 N = 8
 BATCHES = ((1, 32), (1, 128), (2, 128), (4, 128), (8, 128), (16, 128))  # rows x tokens
@@ -59,34 +58,6 @@ def base_model(width: int = 192, layers: int = 8) -> LlamaForCausalLM:
         num_attention_heads=width // 32, num_key_value_heads=width // 64, head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-class RandomTensors(LazyTensors):
-    """A dense task vector that is drawn when read, so that making many of them takes no memory."""
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.seed = seed
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        number = list(self.shapes).index(name)
-        generator = torch.Generator().manual_seed(1000 * self.seed + number)
-        return 0.01 * torch.randn(self.shapes[name], generator=generator)
-
-
-def dense_vectors(model: nn.Module, count: int) -> list[TaskVector]:
-    return [TaskVector(RandomTensors(model, seed)) for seed in range(count)]
-
-
-def lora_vectors(model: nn.Module, count: int, rank: int = 4) -> list[TaskVector]:
-    def factors(seed: int) -> Iterator[tuple[str, LowRank]]:
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if "_proj" in name:
-                a = torch.randn(rank, parameter.shape[1], generator=generator)
-                yield name, LowRank(a, 0.01 * torch.randn(parameter.shape[0], rank, generator=generator))
-
-    return [TaskVector(dict(factors(seed))) for seed in range(count)]
 
 
 def plain(model: nn.Module, ids: torch.Tensor, tuning: bool = False) -> Callable[[], float]:
