@@ -143,11 +143,10 @@ def document_loss(
         learned.append([int(keep) for part, keep in found for _ in part])
     rows, numbers = pack(ids, config.length, tokenizer.pad_token_id)
     keep, _ = pack(learned, config.length, 0)
-    device = model.device
-    rows, numbers, keep = rows.to(device), numbers.to(device), keep.to(device)
     inputs, starts = packed_inputs(rows, numbers)
     weights = torch.where(keep > 0, 1.0, config.unfocused_weight) * (~starts & (numbers > 0))
-    weights = weights[:, 1:]
+    rows, weights = rows.to(model.device), weights[:, 1:].to(model.device)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     chosen = weights > 0
     nats = cross_entropy(model.lm_head(hidden[chosen]), rows[:, 1:][chosen], reduction="none")
