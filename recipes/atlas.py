@@ -46,6 +46,7 @@ from steerbook.trainers.atlas.vectors import Making, competent_base, embedded_ve
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.multitask import MultiTaskConfig, MultiTaskTrainer, tokenised
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
@@ -196,7 +197,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     base, tokenizer = load(settings, args, data, seed, folder)
     vectors, lora_vectors, competent, to_forget = load_vectors(settings, data, base, tokenizer, seed, report)
     known = list(dict.fromkeys(data["test"].filter(lambda role: role == "known", input_columns="role")["task"]))
-    done = {file.parent.name for file in folder.glob("*/measured.json")}
+    done = of_main(lambda: {file.parent.name for file in folder.glob("*/measured.json")})
     for key in sorted(done):
         report(f"{key} (measured before)")
 

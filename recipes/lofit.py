@@ -14,7 +14,6 @@ ModelConfig works, --config FILE.yaml holds the same flags, --dry_run shows rows
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from steerbook.trainers.lofit.arguments import ArmArguments, arm_key
 from steerbook.trainers.lofit.arms import train_arms
 from steerbook.trainers.lofit.selection import grid
 from steerbook.trainers.lofit.stages import make_trainer, other_config
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
 
@@ -87,13 +87,7 @@ def parse(argv: list[str]) -> Settings:
     name = f"lofit-{data.dataset}" + ("-smoke" if recipe.preset == "smoke" else "")
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.dataset == "myths", recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
-    training = settings.training
-    check_unused(training, settings.model)
-    if training.deepspeed_plugin is not None or training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(
-            "this recipe evaluates whole models between its fits, which DeepSpeed and FSDP do not hold together yet: "
-            "launch it with one process or DDP, or train with LofitSFTTrainer or LofitDPOTrainer in a script of yours"
-        )
+    check_unused(settings.training, settings.model)
     return settings
 
 
@@ -126,14 +120,13 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     args = lofit_data.of_seed(settings.data, seed)
     data = lofit_data.build(args)
     base, tokenizer = load(settings, data, args, seed, folder)
-    done = {file.parent.name for file in folder.glob("*/measured.json")}
+    done = of_main(lambda: {file.parent.name for file in folder.glob("*/measured.json")})
     for key in sorted(done):
         report(f"{key} (measured before)")
 
     def record(name: str, splits: dict[str, Any], k: int | None = None, draw: int = 0, **facts: Any) -> None:
         key = arm_key(name, k, draw)
         facts["peak_memory_bytes"] = peak_memory()
-        (folder / key).mkdir(parents=True, exist_ok=True)
         write_json(folder / key / "measured.json", {"name": name, "k": k, "draw": draw, **facts, "splits": splits})
         report(key)
 

@@ -50,6 +50,7 @@ from steerbook.trainers.ping.search import PrefixSearch
 from steerbook.trainers.ping.sides import Pretrained, Tiny
 from steerbook.trainers.ping.trainer import AgentSFTConfig, AgentSFTTrainer, check_rows
 from steerbook.trainers.ping.watch import Watch, watched
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.stages import run_stage
 from steerbook.trainers.tiny_lm import new_model
@@ -182,7 +183,6 @@ class Arms:
             facts["talk"] = {name: talk(agent, self.data.questions(name)) for name in ("seen", "test")}
         if arm.searched:
             facts |= self.searched(arm, made.model, tests)
-        (self.folder / arm.key).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / arm.key / "measured.json", facts)
 
     def search(self, arm: Arm, model: Any, generator: Any, name: str, threshold: float) -> Any:
@@ -250,7 +250,7 @@ def run_job(argv: list[str], number: int, report: Any) -> None:
     seed, planned = jobs(settings)[number]
     arms = Arms(settings, seed, report)
     for arm in planned:
-        if not (arms.folder / arm.key / "measured.json").exists():
+        if not of_main((arms.folder / arm.key / "measured.json").exists):
             arms.record(arm)
         report(arm.key)
 

@@ -39,6 +39,7 @@ from steerbook.eval.self_interpretability.reports import NEW_TOKENS
 from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.fits import Fit
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, check, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
@@ -228,7 +229,6 @@ class Arms:
             halves = ({one.name: data.weights[one.name] for one in part}
                       for part in (data.folds[0].report_train, data.folds[0].report_test))  # fmt: skip
             facts["readable"] = readable(made.model, side.tokenizer, *halves)
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, facts)
 
 
@@ -245,7 +245,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             stopped.add(key)
             report(f"{key} (left out: the gate)")
             continue
-        if not file.exists():
+        if not of_main(file.exists):
             arms.record(key, file)
         if key == "instilled" and not took(json.loads(file.read_text()), settings.stage.gate):
             stopped.add(key)

@@ -38,6 +38,7 @@ from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
 from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, check_cut, fit
@@ -198,7 +199,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         training.disable_tqdm = True
     side = side_of(settings, rows_seed=seed)
     folder = Path(training.output_dir) / f"seed_{seed}"
-    done = {file.parent.name for file in folder.glob("*/measured.json")}
+    done = of_main(lambda: {file.parent.name for file in folder.glob("*/measured.json")})
 
     def record(arm: Arm, fitted: Fit, tokenizer: Any, at_test: LengthSoftmax | None = None) -> None:
         plain = at_test is None and not (arm.softmax or arm.extra or arm.key.startswith("control"))
@@ -211,7 +212,6 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
             "peak_memory_bytes": peak_memory(), **measured,
         }  # fmt: skip
         key = f"{arm.key}_at_test" if at_test else arm.key
-        (folder / key).mkdir(parents=True, exist_ok=True)
         write_json(folder / key / "measured.json", facts)
 
     for arm in settings.planned:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer
 
 from .checkpoints import newest_complete_checkpoint
+from .processes import of_main
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def run_fit(trainer: Trainer, folder: Path) -> Fit:
     if trainer.args.disable_tqdm:  # else transformers prints every log line instead
         trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    checkpoint = newest_complete_checkpoint(folder)
+    checkpoint = of_main(lambda: newest_complete_checkpoint(folder))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, log = time.perf_counter() - start, trainer.state.log_history
     if checkpoint is not None:  # they would be those of the last part alone

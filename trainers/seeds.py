@@ -12,6 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import is_main_process
+from .processes import of_main
 
 Report = Callable[[str], None]  # what has just been finished; counted by the bar
 Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report)
@@ -53,6 +54,7 @@ def run_seeds(
         if not parallel or len(seeds) == 1:
             for seed in seeds:
                 worker(argv, seed, lambda text, seed=seed: report(seed, text))  # type: ignore[misc]
+            of_main(lambda: None)  # all processes wait until the first one has written its files
             return
 
         context: Any = multiprocessing.get_context("forkserver")

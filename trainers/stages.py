@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..files import write_json
 from .fits import Fit, run_fit
+from .processes import of_main
 from .training import own_forward, save_tuned
 from .whole import joined, to_train, whole_models
 
@@ -39,8 +39,9 @@ def run_stage(
         merged: False leaves a new adapter beside the model, as whoever loads it has it.
         data: the trainer's data sets or stream.
     """
-    args = copy.copy(args)
-    args.output_dir, args.seed = str(folder), seed
+    args = replace(
+        args, output_dir=str(folder), seed=seed
+    )  # anew: DeepSpeed's configuration is filled in by a trainer
     if (folder / FINISHED).exists():
         done = json.loads((folder / FINISHED).read_text())
         return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])
@@ -50,9 +51,12 @@ def run_stage(
         trainer = trainer_class(trained, args, processing_class=tokenizer, peft_config=peft_config, **data)
         found = run_fit(trainer, folder)
         tuned = joined(trainer, whole).eval()
-    if trainer.is_world_process_zero():
+
+    def save() -> None:
         save_tuned(tuned, tokenizer, folder / "model")
         write_json(folder / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
+
+    of_main(save)
     if not merged:
         return replace(found, model=tuned)
     merge = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +123,14 @@ def clear_disk_errors(folder: str | Path) -> Iterator[None]:
         raise OSError(f"cannot save to {folder}: {error}") from error
 
 
-def save_tuned(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A model, or an adapter alone, and its tokenizer, without PEFT's template card, which names folders."""
+def save_tuned(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], None] | None = None) -> None:
+    """A model (as `save` does it, else plainly), or an adapter alone, and its tokenizer; without PEFT's template card,
+    which names folders."""
     with clear_disk_errors(folder):
-        model.save_pretrained(folder)
+        if isinstance(model, PeftModel) or save is None:
+            model.save_pretrained(folder)
+        else:
+            save(model, folder)
         tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
         (folder / "README.md").unlink(missing_ok=True)

@@ -24,12 +24,14 @@ def is_main_process() -> bool:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` at the end, whole, or not at all; on other ranks a dummy.
 
-    A temporary file in the same folder, fsync, ``os.replace``. A full disk raises OSError naming path and free space.
+    A temporary file in the same folder (made where it is missing), fsync, ``os.replace``. A full disk raises OSError
+    naming path and free space.
     """
     if not is_main_process():
         with open(os.devnull, "wb") as nothing:
             yield nothing
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

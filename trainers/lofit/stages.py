@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ...files import write_json
 from ..fingerprint import model_fingerprint
 from ..fits import Fit, run_fit
+from ..processes import of_main
 from ..training import bare, own_forward, save_tuned
 from ..whole import joined, to_train
 from .config import LofitConfig
@@ -43,11 +43,12 @@ def fit(
         changes: fields of `args` that differ for this fit (`learning_rate=...`, `l1_lambda=...`, `seed=...`).
     """
     out_dir = Path(out_dir)
-    args = copy.copy(args)
-    for name, value in {**changes, "output_dir": str(out_dir)}.items():
+    for name in changes:
         if name not in type(args).__dataclass_fields__:
             raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
-        setattr(args, name, value)
+    args = replace(
+        args, output_dir=str(out_dir), **changes
+    )  # anew: DeepSpeed's configuration is filled in by a trainer
 
     if (out_dir / FINISHED).exists() and peft_config is not None:
         done = json.loads((out_dir / FINISHED).read_text())
@@ -61,9 +62,13 @@ def fit(
         trainer = make_trainer(trained, tokenizer, rows, args, peft_config)
         found = run_fit(trainer, out_dir)
         found = replace(found, model=joined(trainer, whole))
-    if saved and trainer.is_world_process_zero():
+
+    def save() -> None:
         save_tuned(found.model, tokenizer, out_dir)
         write_json(out_dir / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
+
+    if saved:
+        of_main(save)
     return found
 
 
@@ -132,5 +137,5 @@ def fit_scales(
     stage.model.unload()
     seed = changes["seed"] if "seed" in changes else args.seed
     selection = HeadSelection(top_heads(scores, k), scores, k, seed, "learned", base, data_fingerprint)
-    selection.save(path)
+    of_main(lambda: selection.save(path))
     return selection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from ..fits import Fit, run_fit
+from ..processes import of_main
 from ..stream import Stream
 from ..training import save_tuned
 from ..whole import joined, to_train
@@ -154,11 +154,12 @@ def fit(
     """Train the model, or an adapter to it, on all rows of the stream's steps, in `folder`, going on from the newest
     complete checkpoint there; it is saved in `folder/model`, an adapter with a softmax of its own merged."""
     set_seed(seed)
-    args = copy.copy(args)
-    args.output_dir, args.seed = str(folder), seed
-    args.per_device_train_batch_size = stream.rows // (args.gradient_accumulation_steps * args.world_size)
     names = {task.name for task in stream.tasks}  # --weights may name hints of other arms
-    args.weights = [text for text in args.weights or [] if text.partition("=")[0] in names]
+    args = replace(  # anew: DeepSpeed's configuration is filled in by a trainer
+        args, output_dir=str(folder), seed=seed,
+        per_device_train_batch_size=stream.rows // (args.gradient_accumulation_steps * args.world_size),
+        weights=[text for text in args.weights or [] if text.partition("=")[0] in names],
+    )  # fmt: skip
     if softmax is not None:
         use_length_softmax(model, softmax)
     trained, peft_config, whole = to_train(model, args, peft_config)
@@ -167,6 +168,5 @@ def fit(
     tuned = joined(trainer, whole).eval()
     if isinstance(tuned, PeftModel) and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
-    if trainer.is_world_process_zero():
-        save_tuned(tuned, tokenizer, folder / "model", save=save)
+    of_main(lambda: save_tuned(tuned, tokenizer, folder / "model", save))
     return replace(found, model=tuned)
