@@ -54,14 +54,17 @@ for case, (name, *flags) in json.loads(Path(file).read_text()).items():
     Trainer.training_step = killed_once
     try:
         recipe(name).main(flags)
-        print(f"MATRIX {case}: no fit of {KILL_AT} steps", flush=True)
+        raise AssertionError(f"{case}: no fit of {KILL_AT} steps")
     except KilledError:
-        try:
-            recipe(name).main(flags)
-            print(f"MATRIX {case}: finished", flush=True)
-        except BaseException:
-            traceback.print_exc()
+        pass
     except BaseException:
         traceback.print_exc()
+        os._exit(1)  # the launcher ends the others, which wait for this one
+    try:
+        recipe(name).main(flags)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    print(f"MATRIX {case}: finished", flush=True)
 
 PartialState().destroy_process_group()  # else a thread of gloo may outlive the interpreter, which then aborts

@@ -46,11 +46,11 @@ def run_stage(
         done = json.loads((folder / FINISHED).read_text())
         return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])
     set_seed(seed)
-    trained, peft_config, whole = to_train(model, args, peft_config)
+    trained, whole = to_train(model, args)
     with own_forward(trained):
         trainer = trainer_class(trained, args, processing_class=tokenizer, peft_config=peft_config, **data)
         found = run_fit(trainer, folder)
-        tuned = joined(trainer, whole).eval()
+        tuned = joined(trainer, whole, peft_config).eval()
 
     def save() -> None:
         save_tuned(tuned, tokenizer, folder / "model")

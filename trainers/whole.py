@@ -41,19 +41,21 @@ def engine(args: TrainingArguments) -> str | None:
     return "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
 
 
-def to_train(model: Any, args: TrainingArguments, peft_config: PeftConfig | None = None) -> tuple[Any, Any, Any]:
-    """What to give the trainer, and what waits for `joined`: (model, adapter's config, whole model or None).
-
-    Under an engine the model, with its adapter, waits on the CPU while a copy of it is trained.
-    """
+def to_train(model: Any, args: TrainingArguments) -> tuple[Any, Any]:
+    """What to give the trainer, and what waits for `joined`: the model and None, or under an engine a copy of it, and
+    the model itself, which waits on the CPU."""
     if engine(args) is None:
-        return model, peft_config, None
-    whole = model if peft_config is None else get_peft_model(model, peft_config)
-    return copy.deepcopy(whole), None, whole.to("cpu")
+        return model, None
+    return copy.deepcopy(model), model.to("cpu")
 
 
-def joined(trainer: Trainer, whole: Any = None) -> Any:
-    """The trained model, whole in every process (all of which must call this), on the training's device.
+def joined(trainer: Trainer, whole: Any = None, peft_config: PeftConfig | None = None) -> Any:
+    """The trained model (all of its adapter that was trained), whole in every process, on the training's device.
+
+    All processes must call this.
+
+    Args:
+        whole, peft_config: what `to_train` has kept, and the adapter that the trainer was given.
 
     Raises:
         NonFiniteError: a trained parameter holds NaN or infinite values.
@@ -62,6 +64,8 @@ def joined(trainer: Trainer, whole: Any = None) -> Any:
     if whole is None:
         check_finite(tuned, trainer.state.global_step)
         return tuned
+    if peft_config is not None:
+        whole = get_peft_model(whole, peft_config)
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             whole.get_parameter(name).data.copy_(full(parameter, trainer.is_deepspeed_enabled))

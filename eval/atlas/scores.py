@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM, common_prefix, encode
 from ..generation import continuation
 from ..likelihood import TokenScores, perplexity, score_tokens, text_nats
+from ..sharding import shared_out
 from ..statistics import Evaluation, Metric, metric
 
 Row = Mapping[str, Any]
@@ -59,7 +60,7 @@ def evaluate(
             f"{sorted(rows[0])}"
         )
     if found[0] == ["text"]:
-        scored = text_nats(model, tokenizer, rows, batch_size, progress)
+        scored = shared_out(rows, lambda part: text_nats(model, tokenizer, part, batch_size, progress))
         samples = [
             _sample(row) | {"tokens": tokens, "nats": nats} for row, (nats, tokens) in zip(rows, scored, strict=True)
         ]
@@ -71,7 +72,8 @@ def evaluate(
 
 
 class Completions:
-    """Rows with completions, tokenised once to be scored under many models."""
+    """Rows with completions, tokenised once to be scored under many models; the processes of a job share them, and all
+    must call what scores."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], eos: bool = False) -> None:
         self.tokenizer, self.rows = tokenizer, rows
@@ -111,9 +113,12 @@ class Completions:
     def _scored(
         self, model: CausalLM, batch_size: int, progress: bool
     ) -> Iterator[tuple[Row, int, list[int], TokenScores]]:
-        scored = score_tokens(
-            model, self.whole, self.starts, batch_size=batch_size, progress=progress, unit="completion"
-        )
+        def scores(places: Sequence[int]) -> list[TokenScores]:
+            whole, starts = ([values[place] for place in places] for values in (self.whole, self.starts))
+            return list(score_tokens(model, whole, starts, batch_size=batch_size, progress=progress,
+                                     unit="completion"))  # fmt: skip
+
+        scored = shared_out(range(len(self.rows)), scores)
         return zip(self.rows, self.starts, self.whole, scored, strict=True)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM, choice_logprobs
 from ..generation import generate
 from ..likelihood import perplexity, text_nats
+from ..sharding import shared_out
 from ..statistics import Evaluation, Metric, metric
 
 Row = Mapping[str, Any]
@@ -36,7 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Score rows of one kind (see the module's text): metrics with intervals, and one sample a row, in their order.
 
-    Deterministic; the model's mode is restored. Raises ValueError for no rows, rows of no known or of different kinds.
+    Deterministic; the model's mode is restored. The processes of a job share the rows; all must call this. Raises
+    ValueError for no rows, rows of no known or of different kinds.
     """
     rows = list(rows)
     if not rows:
@@ -48,7 +50,8 @@ def evaluate(
             f"rows must be all multiple choice (true, false, best), all exact match (answers) or all texts (text); "
             f"the first has the columns {sorted(rows[0])}"
         )
-    samples = kinds[found[0][0]](model, tokenizer, rows, batch_size, progress)
+    kind = kinds[found[0][0]]
+    samples = shared_out(rows, lambda part: kind(model, tokenizer, part, batch_size, progress))
     return {"metrics": _summary(samples), "samples": samples}
 
 

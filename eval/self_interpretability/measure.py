@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM
+from ..sharding import shared_out
 from .agreement import pooled_r
 from .behaviour import Behaviour, Trial, measure_choices
 from .reports import NEW_TOKENS, Question, measure_reports, written_reports
@@ -30,7 +31,8 @@ def measure(
     new_tokens: int = NEW_TOKENS,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Context -> what was found, as JSON values; a context may have trials, questions or both.
+    """Context -> what was found, as JSON values; a context may have trials, questions or both. The processes of a job
+    share the contexts; all must call this.
 
     With trials: `learned` (estimator -> weights; None, with the reason in `refused`, where they cannot be fitted),
     `halves` (weights of the first and second half of the trials, where both can), `agreement` (share of choices that
@@ -40,7 +42,26 @@ def measure(
     freely, of at most `new_tokens`: `replies`, how many are `valid`, and `written`, the mean of these (None without
     any, or where an attribute has none).
     """
-    common: dict[str, Any] = {"template": template, "batch_size": batch_size, "progress": progress}
+    names = list(dict.fromkeys([*(one.context for one in trials), *(one.context for one in questions)]))
+
+    def work(part: Sequence[str]) -> list[dict[str, Any]]:
+        mine = [one for one in trials if one.context in part], [one for one in questions if one.context in part]
+        found = _measured(model, tokenizer, *mine, targets, new_tokens,
+                          {"template": template, "batch_size": batch_size, "progress": progress})  # fmt: skip
+        return [found[name] for name in part]
+
+    return dict(zip(names, shared_out(names, work), strict=True))
+
+
+def _measured(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    trials: Sequence[Trial],
+    questions: Sequence[Question],
+    targets: Mapping[str, Sequence[float]],
+    new_tokens: int,
+    common: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if trials:
         for context, behaviour in measure_choices(model, tokenizer, trials, **common).items():

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import CausalLM
+from ..sharding import shared_out
 from .attention import attention_masses
 from .probes import probe
 from .scores import Rows, Telling, teacher_forced
@@ -26,7 +27,7 @@ def measure_tokens(
     probed: Rows | None = None,
     telling: Telling | None = None,
 ) -> dict[str, Any]:
-    """Of a model from scratch, on test rows (`Rows`) by length.
+    """Of a model from scratch, on test rows (`Rows`) by length, which the processes of a job share.
 
     Args:
         hints: test rows of the hints that it was trained on, which make splits `HINT_N`.
@@ -34,8 +35,15 @@ def measure_tokens(
         probed: rows, none of the tests', that linear probes are fitted on.
     """
     named = _named(tests, hints)
-    splits = {name: teacher_forced(model, rows, batch_size, telling) for name, rows in named.items()}
-    looked = {n: _first(rows) for n, rows in tests.items() if sorts and n > 1}
+
+    def scored(rows: Any) -> list[Any]:
+        def work(places: Sequence[int]) -> list[Any]:
+            return teacher_forced(model, _taken(rows, list(places)), batch_size, telling)
+
+        return shared_out(range(len(rows.ids)), work)
+
+    splits = {name: scored(rows) for name, rows in named.items()}
+    looked = {n: _taken(rows, slice(LOOKS)) for n, rows in tests.items() if sorts and n > 1}
     found: dict[str, Any] = {"splits": splits}
     found["attention"] = {n: attention_masses(model, rows, telling=telling) for n, rows in looked.items()}
     if looked and probed is not None:
@@ -64,5 +72,5 @@ def _named(tests: Mapping[int, Any], hints: Mapping[str, Mapping[int, Any]]) -> 
     return {f"{task}_{n}": rows for task, found in {"test": tests, **hints}.items() for n, rows in found.items()}
 
 
-def _first(rows: Any) -> Rows:
-    return type(rows)(*(part[:LOOKS] for part in rows))
+def _taken(rows: Any, places: Any) -> Rows:
+    return type(rows)(*(part[places] for part in rows))

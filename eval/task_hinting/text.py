@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..choices import CausalLM, encode
 from ..generation import generate
 from ..likelihood import text_nats
+from ..sharding import shared_out
 from ..statistics import Evaluation, metric
 from .scores import EOS, Sample, error_kind
 
@@ -34,6 +35,8 @@ def evaluate(
     are asked for, and words where words are; none at all, where nothing is. Of a row with `goes_on` only as many
     numbers or words count as its completion has.
 
+    The processes of a job share the rows; all must call this (and `collateral`).
+
     Returns:
         Metrics, with intervals over questions (`group`, default the id), for each task and number of items N:
         `em/TASK/N` (right throughout), `tokens/TASK/N` (of the completion's numbers, words or digits and its end, the
@@ -53,7 +56,8 @@ def evaluate(
             raise ValueError(f"row {number} has no {', '.join(missing)}, only the columns {', '.join(row)}")
     allowed = 1 + max(map(len, encode(tokenizer, [row["completion"] for row in rows])))
     prompts = [row["prompt"] for row in rows]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=allowed, batch_size=batch_size, progress=progress)
+    texts = shared_out(prompts, lambda part: generate(model, tokenizer, part, max_new_tokens=allowed,
+                                                      batch_size=batch_size, progress=progress))  # fmt: skip
     samples: list[Sample] = []
     found: dict[str, list[tuple[float, str]]] = {}
     for row, text, ids in zip(rows, texts, encode(tokenizer, prompts), strict=True):
@@ -104,7 +108,8 @@ def collateral(
     """What training did to unrelated texts, rows with `id`, `group` and `text`: a sample a row, with `metrics`
     (`nats_per_token`) and its `tokens`."""
     rows = list(rows)
+    scored = shared_out(rows, lambda part: text_nats(model, tokenizer, part, batch_size, progress))
     return [
         {"id": row["id"], "group": row["group"], "tokens": tokens, "metrics": {"nats_per_token": nats / tokens}}
-        for row, (nats, tokens) in zip(rows, text_nats(model, tokenizer, rows, batch_size, progress), strict=True)
+        for row, (nats, tokens) in zip(rows, scored, strict=True)
     ]

@@ -56,18 +56,17 @@ def fit(
         return Fit(tuned, done["log"], done["seconds"], done["trained"])
 
     set_seed(args.seed)  # initial values are drawn before the Trainer seeds itself; no arm depends on those before it
-    saved = peft_config is not None
-    trained, peft_config, whole = to_train(model, args, peft_config)
+    trained, whole = to_train(model, args)
     with own_forward(bare(trained)):
         trainer = make_trainer(trained, tokenizer, rows, args, peft_config)
         found = run_fit(trainer, out_dir)
-        found = replace(found, model=joined(trainer, whole))
+        found = replace(found, model=joined(trainer, whole, peft_config))
 
     def save() -> None:
         save_tuned(found.model, tokenizer, out_dir)
         write_json(out_dir / FINISHED, {"log": found.log, "seconds": found.seconds, "trained": found.trained})
 
-    if saved:
+    if peft_config is not None:
         of_main(save)
     return found
 

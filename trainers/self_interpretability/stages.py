@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ def run_stage(
         template: arguments of the chat template, for rows of messages.
     """
     if chosen_by is not None:
-        args = copy.copy(args)
-        args.eval_strategy = args.save_strategy = "epoch"  # type: ignore[assignment]
-        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "loss", False
+        args = replace(args, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+                       metric_for_best_model="loss", greater_is_better=False)  # fmt: skip
     if rows is not None:
         rows, chosen_by = (part and templated(part, template) for part in (rows, chosen_by))
     trainer_class: Any = PreferenceTrainer if isinstance(args, PreferenceConfig) else ReportTrainer

@@ -162,10 +162,10 @@ def fit(
     )  # fmt: skip
     if softmax is not None:
         use_length_softmax(model, softmax)
-    trained, peft_config, whole = to_train(model, args, peft_config)
+    trained, whole = to_train(model, args)
     trainer = HintingTrainer(trained, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
     found = run_fit(trainer, folder)
-    tuned = joined(trainer, whole).eval()
+    tuned = joined(trainer, whole, peft_config).eval()
     if isinstance(tuned, PeftModel) and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
     of_main(lambda: save_tuned(tuned, tokenizer, folder / "model", save))
