@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..files import write_json
 from .fits import Fit, run_fit
+from .quantised import joined
 from .training import own_forward
 from .whole import whole_models
 
@@ -31,7 +32,8 @@ def run_stage(
     merged: bool = True,
     **data: Any,
 ) -> Fit:
-    """Train the model in place, or an adapter that is then merged into it; saved in `folder/model` (an adapter alone).
+    """Train the model in place, or an adapter that is then merged into it (`joined` with a quantised one); saved in
+    `folder/model`, an adapter alone.
 
     Args:
         trainer_class: which is given the model, `args`, `data`, the tokenizer and `peft_config`.
@@ -63,8 +65,7 @@ def run_stage(
         return replace(found, model=_load(model, args, peft_config, merged))
     if not merged:
         return replace(found, model=tuned)
-    whole = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-    return replace(found, model=whole.requires_grad_(True))
+    return replace(found, model=joined(tuned) if isinstance(tuned, PeftModel) else tuned.requires_grad_(True))
 
 
 def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, merged: bool) -> Any:
@@ -79,7 +80,7 @@ def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, mer
             options |= {"revision": getattr(model.config, "_commit_hash", None) or "main"}
             base = kind.from_pretrained(model.config._name_or_path, **options).to(args.device)
         tuned = PeftModel.from_pretrained(base, folder).eval()
-    return tuned.merge_and_unload() if merged else tuned
+    return joined(tuned) if merged else tuned
 
 
 def _cut(model: PreTrainedModel) -> bool:

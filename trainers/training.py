@@ -13,6 +13,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
+from .quantised import is_quantised, keep_4bit
+
 
 class NonFiniteError(FloatingPointError):
     """Loss or weights became NaN or infinite."""
@@ -85,7 +87,24 @@ class FiniteTrainer(Trainer):
 
     The loss is checked after every micro-batch (the Trainer's own NaN filter, which is off here, costs the same), the
     trained weights before anything is saved, so a checkpoint never holds NaN.
+
+    An adapter of a quantised base is trained in fp32: TRL rounds it to bf16, whose steps are 1/256 of a value, and
+    then AdamW's updates at usual learning rates are mostly lost.
+
+    Raises:
+        ValueError: see `keep_4bit`.
     """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        given = {}
+        if isinstance(model, PeftModel) and is_quantised(model):
+            given = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+        super().__init__(model, *args, **kwargs)
+        if is_quantised(self.model):
+            keep_4bit(self.model)
+            for name, one in self.model.named_parameters():
+                if one.requires_grad:
+                    one.data = given.get(name, one.data.float()).to(one.device)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

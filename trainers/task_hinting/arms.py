@@ -13,11 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from ..fits import Fit, run_fit
+from ..quantised import is_quantised
 from ..stream import Stream
 from .softmax import LengthSoftmax, save, use_length_softmax
 from .trainer import HintingConfig, HintingTrainer
 
 ARMS = ("untouched", "standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
+MERGED = (
+    "an adapter with a softmax of its own is merged, which a quantised base does not allow: drop the arms softmax and "
+    "hint_softmax, or the quantisation"
+)
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,7 @@ class ArmArguments:
                 "log, or train all weights"
             )
         if model.load_in_4bit or model.load_in_8bit:
-            raise ValueError(
-                "an adapter with a softmax of its own is merged, which a quantised base does not allow: drop the arms "
-                "softmax and hint_softmax, or the quantisation"
-            )
+            raise ValueError(MERGED)
 
     def softmax(self, longest: int, longest_row: int, at_test: bool = False) -> LengthSoftmax:
         """In training, or switched on for a test; `longest` items and `longest_row` tokens were trained on."""
@@ -158,6 +160,8 @@ def fit(
     names = {task.name for task in stream.tasks}  # --weights may name hints of other arms
     args.weights = [text for text in args.weights or [] if text.partition("=")[0] in names]
     if softmax is not None:
+        if peft_config is not None and is_quantised(model):  # as its checkpoint was
+            raise ValueError(MERGED)
         use_length_softmax(model, softmax)
     trainer = HintingTrainer(model, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
     found = run_fit(trainer, folder)
