@@ -106,7 +106,7 @@ def fine_tune(
     """
     args = changed(args, output_dir=str(out_dir), **changes)
     set_seed(args.seed)
-    tuned: Any = copy.deepcopy(model).requires_grad_(True)
+    tuned: Any = copy.deepcopy(model).requires_grad_(peft_config is None)  # a quantised one takes an adapter alone
     if peft_config is not None:
         tuned = get_peft_model(tuned, peft_config)
     with own_forward(bare(tuned)):
