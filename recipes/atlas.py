@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import set_seed
 from trl import ModelConfig
 
-from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults
+from steerbook.arguments import RecipeArguments, RecipeParser, check_unused, flags_and_defaults, refuse
 from steerbook.console import clear_errors, quiet_libraries, run_main
 from steerbook.data_builders import atlas as atlas_data
 from steerbook.data_builders.atlas import AtlasDataArguments, skills
@@ -120,6 +120,8 @@ def parse(argv: list[str]) -> Settings:
     given = [model.model_name_or_path, vectors.task_vectors, data.tasks]
     if any(value is None for value in given) and not all(value is None for value in given):
         raise ValueError("--base, --task_vectors and --tasks go together; without any it is the embedded world")
+    if model.model_name_or_path is None:
+        refuse(model, ("load_in_4bit", "load_in_8bit"), "is for a base of your own: give --base")
     check_unused(settings.training, model)
     check_flags(settings.training)
     return settings

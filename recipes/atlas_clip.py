@@ -45,10 +45,10 @@ from steerbook.trainers.atlas.image_stages import (
     load_clip,
 )
 from steerbook.trainers.atlas.images import AtlasImageConfig
-from steerbook.trainers.atlas.stages import changed
 from steerbook.trainers.atlas.zero_shot import ZeroShot
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_clip import TinyClipConfig, tiny_clip
+from steerbook.trainers.training import anew
 
 # Chosen on dev images with the seeds 10 to 12; those reported are 0 to 2. Crops are for photographs: of a digit of
 # 8 x 8 pixels, a part is another digit, as is its mirror image.
@@ -138,7 +138,7 @@ def load_vectors(settings: Settings, data: Any, clip: Any, zero_shot: ZeroShot, 
         return given_image_vectors(clip, settings.base.task_vectors)
     dry = settings.recipe.dry_run  # one step, without warm-up: a vector of zeros would be refused
     steps, warmup = (1, 0) if dry else (MAKING[settings.data.world], 10)
-    args = changed(settings.training, max_steps=steps, warmup_steps=warmup, weight_decay=0.05, seed=seed)
+    args = anew(settings.training, max_steps=steps, warmup_steps=warmup, weight_decay=0.05, seed=seed)
     content = fingerprint(images.without_images(data)["train"])
     return image_vectors(clip, zero_shot, data["train"], content, args, 2e-3, lambda task: report(f"vector {task}"))
 
@@ -170,7 +170,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
 
     bench = ImageBench(
         clip, zero_shot, known, vectors, {}, data["fit"], data["dev"], training,
-        changed(training, weight_decay=0.05), settings.arms, folder, score,
+        anew(training, weight_decay=0.05), settings.arms, folder, score,
         {file.parent.name for file in folder.glob("*/measured.json")}, fit_coefficients, fine_tune,
         unlabelled=data["test"], few_shot=partial(images.few_shot, seed=seed),
     )  # fmt: skip

@@ -40,6 +40,7 @@ from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.fits import Fit
 from steerbook.trainers.processes import of_main
+from steerbook.trainers.quantised import check_joins
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.self_interpretability.arms import Arm, StageArguments, check, report_config
 from steerbook.trainers.self_interpretability.base import answering_model
@@ -140,7 +141,9 @@ class Pretrained:
 
     def check(self) -> None:
         """ValueError for a model that cannot be trained on these texts and measured with them."""
-        positions = getattr(self.model().config.get_text_config(), "max_position_embeddings", None)
+        model = self.model()
+        check_joins(model, get_peft_config(self.settings.model))
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         allowed = [one for one in (positions, self.settings.training.max_length) if one is not None]
         asked = [question.prompt for question in self.data.questions(1)]
         stage = self.settings.stage

@@ -39,6 +39,7 @@ from steerbook.files import write_json
 from steerbook.trainers.base_model import load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.processes import of_main
+from steerbook.trainers.quantised import check_quantised
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
 from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, check_cut, fit
@@ -246,6 +247,7 @@ def check(settings: Settings) -> None:
     trained = [arm for arm in settings.planned if arm.key != "untouched"]
     check_cut({arm.key: sum(task.rows for task in tasks_of(data, arm)) for arm in trained}, training)
     if settings.pretrained:
+        check_quantised(settings.model, training)
         settings.arms.check_pretrained(data.hints, data.queries, settings.model)
     else:
         side.model(0)

@@ -285,8 +285,8 @@ def test_an_adapter_of_gpt2(tmp_path):
     torch.testing.assert_close(logits(composer.model), expected, rtol=0, atol=2e-5)
 
 
-# Quantised bases (bitsandbytes runs on the CPU). In eval mode its kernel may repack 4-bit weights in place (see
-# tests/test_lofit_export.py), so everything here is in training mode; these models have no dropout.
+# Quantised bases (bitsandbytes runs on the CPU), in training mode: in evaluation 8-bit layers round their inputs, and
+# 4-bit ones may be packed in place where no composer holds them. These models have no dropout.
 
 
 @pytest.fixture(params=["4bit", "8bit"])

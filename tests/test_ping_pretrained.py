@@ -8,6 +8,7 @@ import torch
 import trl
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -198,6 +199,8 @@ def test_an_adapter_on_a_quantised_base(recipe, base, tmp_path, bits):
                  "--output_dir", str(tmp_path / "run")])  # fmt: skip
     arms = measured(tmp_path)
     saved = tmp_path / "run" / "seed_42" / "agent"
+    held = load_file(saved / "model" / "adapter_model.safetensors")
+    assert len(held) == 8 and all(".lora_" in name and one.dtype == torch.float32 for name, one in held.items())
     quantised = get_quantization_config(ModelConfig(**{f"load_in_{bits}bit": True}))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu")
     guard = PrefixGuard(

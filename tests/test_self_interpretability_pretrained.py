@@ -152,7 +152,6 @@ def test_a_template_that_puts_thinking_between_is_refused(recipe, base, tmp_path
         (["--levels", "L2"], ["--levels L2", "embedded world"]),
         (["--levels", "L0", "--use_peft", "true"], ["an adapter has weights of its own"]),
         (["--first_half", "true"], ["--first_half is for adapters"]),
-        (["--use_peft", "true", "--load_in_8bit", "true"], ["--load_in_8bit", "merged"]),
         (["--known", "5"], ["--known is of the embedded world"]),
         (["--rows_seed", "1"], ["--rows_seed has no effect here", "--seeds"]),
         (["--max_length", "300"], ["300 are allowed", "--max_length"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from .quantised import is_quantised, keep_4bit
 from .whole import whole_models
 
 
@@ -28,6 +30,7 @@ def load_base(
         keep_in: a run's folder, into which the tiny base is copied (as `base_model`): its adapters stay usable.
 
     Raises:
+        ValueError: 4 bits, and no type to compute in.
         OSError: the model is neither a local folder nor to be had from the Hub, or its files do not make a model (cut
             short, of an unknown architecture, without a tokenizer), or not with these flags.
     """
@@ -41,8 +44,12 @@ def load_base(
         name = str(folder)
     revision = config.model_revision if config.model_name_or_path else None
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation, "dtype": config.dtype}
+    if config.load_in_4bit and config.dtype == "auto":
+        raise ValueError("--dtype auto: 4-bit weights are computed with in a type that must be named, as bfloat16")
     quantization = get_quantization_config(config)
     if quantization is not None:
+        notices = logging.getLogger("bitsandbytes.autograd._functions")
+        notices.setLevel(logging.ERROR)  # of 8 bits: a line for each layer and forward pass
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -59,12 +66,4 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     keep_4bit(model)
-    return (model if quantization is not None else model.to(device)).eval(), tokenizer
-
-
-def keep_4bit(model: torch.nn.Module) -> None:
-    """On CPUs with AVX512-BF16 the first evaluation would pack 4-bit weights into another form, in place: one that
-    cannot be trained through, merged or saved (bitsandbytes 0.50, issue 2078)."""
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    return (model if is_quantised(model) else model.to(device)).eval(), tokenizer

@@ -66,7 +66,7 @@ def memory_estimate(model: Any, shape: tuple[int, int]) -> dict[str, int]:
     per_token = config.num_hidden_layers * (6 * config.hidden_size + 4 * width + 3 * inner)
     size = parameters[0].element_size()
     return {
-        "all parameters": sum(p.numel() for p in parameters),
+        "all parameters": model.num_parameters(),  # 4-bit ones lie in half as many bytes
         "trained parameters": sum(p.numel() for p in trained),
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": sum(p.numel() * p.element_size() for p in trained),

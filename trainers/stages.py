@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..files import write_json
 from .fits import Fit, run_fit
 from .processes import of_main
+from .quantised import absorbed
 from .training import own_forward, save_tuned
 from .whole import joined, to_train, whole_models
 
@@ -31,7 +32,8 @@ def run_stage(
     merged: bool = True,
     **data: Any,
 ) -> Fit:
-    """Train the model in place, or an adapter that is then merged into it; saved in `folder/model` (an adapter alone).
+    """Train the model in place, or an adapter that is then merged into it (`joined` with a quantised one); saved in
+    `folder/model`, an adapter alone.
 
     Args:
         trainer_class: which is given the model, `args`, `data`, the tokenizer and `peft_config`.
@@ -59,8 +61,7 @@ def run_stage(
     of_main(save)
     if not merged:
         return replace(found, model=tuned)
-    merge = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-    return replace(found, model=merge.requires_grad_(True))
+    return replace(found, model=absorbed(tuned) if isinstance(tuned, PeftModel) else tuned.requires_grad_(True))
 
 
 def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, merged: bool) -> Any:
@@ -70,4 +71,4 @@ def _load(model: PreTrainedModel, args: Any, peft_config: PeftConfig | None, mer
         with whole_models():
             return type(model).from_pretrained(folder, dtype=model.dtype).to(args.device).eval()
     tuned = PeftModel.from_pretrained(model, folder).eval()
-    return tuned.merge_and_unload() if merged else tuned
+    return absorbed(tuned) if merged else tuned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType, is_bf16_available
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
+
+from .quantised import is_quantised, keep_4bit
 
 
 class NonFiniteError(FloatingPointError):
@@ -63,6 +65,17 @@ class HouseArguments:
             )
 
 
+def anew(args: Any, **changes: Any) -> Any:
+    """Training arguments with other values; ValueError for a field that they do not have.
+
+    Every trainer needs its own: it fills in DeepSpeed's configuration, which a copy would share.
+    """
+    for name in changes:
+        if name not in type(args).__dataclass_fields__:
+            raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
+    return replace(args, **changes)
+
+
 def bare(model: Any) -> Any:
     """The model inside a `PeftModel`, or the model."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -86,7 +99,24 @@ class FiniteTrainer(Trainer):
 
     The loss is checked after every micro-batch (the Trainer's own NaN filter, which is off here, costs the same), the
     trained weights before anything is saved, so a checkpoint never holds NaN.
+
+    An adapter of a quantised base is trained in fp32: TRL rounds it to bf16, whose steps are 1/256 of a value, and
+    then AdamW's updates at usual learning rates are mostly lost.
+
+    Raises:
+        ValueError: see `keep_4bit`.
     """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        given = {}
+        if isinstance(model, PeftModel) and is_quantised(model):
+            given = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+        super().__init__(model, *args, **kwargs)
+        if is_quantised(self.model):
+            keep_4bit(self.model)
+            for name, one in self.model.named_parameters():
+                if one.requires_grad:
+                    one.data = given.get(name, one.data.float()).to(one.device)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

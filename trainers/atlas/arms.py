@@ -142,7 +142,7 @@ def negation(bench: Bench) -> Iterator[Arm]:
         yield from bench.searched("negation", "alpha", vector, look, choose, target, -1.0)
         if not bench.wanted("negation", "atlas", target):
             continue
-        composer = a.composer(bench.base, vector, bench.args.seed)
+        composer = bench.composer(vector)
 
         def judge(model: Any, look: Callable[[Any], dict[str, float]] = look, floor: float = floor) -> float | None:
             seen = look(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,12 @@ class Bench:
     def wanted(self, section: str, name: str, task: str | None = None, n: int | None = None) -> bool:
         return name in self.arguments.arms and arm_key(section, name, task, n) not in self.done
 
-    def composer(self) -> Composer | LowRankComposer:
-        """What the flags describe; LoRA vectors stay factors."""
-        vectors = list(self.vectors.values())
-        if self.lora_vectors is self.vectors:  # all given vectors are LoRA ones
-            return LowRankComposer(self.base, vectors, self.arguments.low_rank_mode)
-        return self.arguments.composer(self.base, vectors, self.args.seed, self._stream_file(vectors))
+    def composer(self, vectors: Sequence[TaskVector] | None = None) -> Composer | LowRankComposer:
+        """What the flags describe, of all vectors or of these; LoRA ones stay factors."""
+        given = list(self.vectors.values()) if vectors is None else vectors
+        if _factors(self.vectors.values()):
+            return LowRankComposer(self.base, given, self.arguments.low_rank_mode)
+        return self.arguments.composer(self.base, given, self.args.seed, self._stream_file(given))
 
     def isotropic(self, vectors: Sequence[TaskVector] | None = None) -> Composer:
         """One coefficient a vector."""
@@ -152,7 +152,7 @@ class Bench:
 
     def fixed(self, vectors: Sequence[TaskVector]) -> Composer | LowRankComposer:
         """For one given coefficient (`set_all`); LoRA vectors stay factors, so that the base may be quantised."""
-        if all(len(vector.low_rank) == len(vector) for vector in vectors):
+        if _factors(vectors):
             return LowRankComposer(self.base, vectors)
         return self.isotropic(vectors)
 
@@ -224,6 +224,11 @@ class Bench:
             section, name, composer.model, time.perf_counter() - start, 1, task, None, best["alpha"], best, curve
         )
         composer.remove()
+
+
+def _factors(vectors: Iterable[TaskVector]) -> bool:
+    """Whether all are LoRA ones."""
+    return all(len(vector.low_rank) == len(vector) for vector in vectors)
 
 
 def flat(composer: Composer | LowRankComposer) -> torch.Tensor:

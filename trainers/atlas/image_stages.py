@@ -17,13 +17,14 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTra
 
 from ..cache import build_once
 from ..fingerprint import model_fingerprint
+from ..training import anew
 from .clip_names import from_open_clip, is_open_clip
 from .composer import Composer
 from .extract import folder_of
 from .images import AtlasImageConfig, AtlasImageTrainer, ImageTrainer
 from .matching import check_same, listed
 from .model_files import _files, read_tensor
-from .stages import FINISHED, Fit, KeepBest, _run, changed
+from .stages import FINISHED, Fit, KeepBest, _run
 from .task_vector import TaskVector
 from .zero_shot import ZeroShot
 
@@ -41,7 +42,7 @@ def fit_coefficients(
     **changes: Any,
 ) -> Fit:
     """Learn the coefficients in `out_dir`; see `stages.fit_coefficients`."""
-    args = changed(args, output_dir=str(out_dir), **changes)
+    args = anew(args, output_dir=str(out_dir), **changes)
     set_seed(args.seed)
     if keep is not None:
         args.save_strategy = "no"
@@ -68,7 +69,7 @@ def fine_tune(
     """
     if adapter is not None:
         raise ValueError("adapters are not trained on images; leave the arm lora out")
-    args = changed(args, output_dir=str(out_dir), save_strategy="no", **changes)
+    args = anew(args, output_dir=str(out_dir), save_strategy="no", **changes)
     set_seed(args.seed)
     tuned = copy.deepcopy(clip).requires_grad_(False)
     for module_name, module in tuned.named_modules():

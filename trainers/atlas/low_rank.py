@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..fingerprint import model_fingerprint, sampled
+from ..quantised import keep_4bit
 from .composer import MARK
 from .entries import Entry, LowRank
 from .matching import listed
@@ -63,7 +64,8 @@ class LowRankComposer:
 
     Raises:
         ValueError: vectors of another base, dense entries, matrices that the model lacks or that have other shapes or
-            are not linear layers, NaN, a zero vector; all before the model is changed.
+            are not linear layers, NaN, a zero vector, 4-bit weights that are packed (`keep_4bit`); all before the
+            model is changed.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class LowRankComposer:
             raise ValueError(f"unknown mode {mode!r}; known: per_product, per_factor")
         if any(hasattr(parameter, MARK) for parameter in model.parameters()):
             raise ValueError("a Composer holds this model; call its remove() (or remove(keep=True)) first")
+        keep_4bit(model)
         self.base, self.mode = base_of(vectors, model), mode
         self.vector_ids = [vector_id(vector) for vector in vectors]
         matrices = check_targets(vectors, model)

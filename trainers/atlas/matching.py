@@ -21,8 +21,16 @@ def matched(vector: TaskVector, model: nn.Module, fingerprint: str | None = None
         fingerprint: the model's, if it is known already.
 
     Raises:
-        ValueError: another base, names the model does not have, other shapes, or tied tensors that differ; with lists.
+        ValueError: quantised parameters, another base, names the model does not have, other shapes, or tied tensors
+            that differ; with lists.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    odd = [name for name in vector.shapes if name in parameters and not parameters[name].is_floating_point()]
+    if odd:
+        raise ValueError(
+            f"{listed(odd)}: quantised weights, into which nothing can be composed; load the base in 16 or 32 bits, "
+            "or give LoRA vectors to LowRankComposer"
+        )
     found = fingerprint or (model_fingerprint(model) if vector.base is not None else None)
     # A vector made from state dicts is named by the buffers in them too.
     if vector.base not in (None, found) and vector.base != tensors_fingerprint(once(model.state_dict())):
@@ -30,7 +38,6 @@ def matched(vector: TaskVector, model: nn.Module, fingerprint: str | None = None
             f"the task vector {vector.source or vector!r} was made from the base {vector.base}, but this model is "
             f"{found}; extract it again from the checkpoint that was fine-tuned and this base"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers()}
     wanted = {name: shape for name, shape in vector.shapes.items() if name not in buffers}
     there = {name: parameters[name].shape for name in wanted if name in parameters}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..multitask import MultiTaskConfig, MultiTaskTrainer
-from ..training import bare, own_forward
+from ..training import anew, bare, own_forward
 from .composer import Composer
 from .low_rank import LowRankComposer
 from .trainer import AtlasConfig, AtlasTrainer
@@ -78,7 +78,7 @@ def fit_coefficients(
         keep: chooses among the steps; without it the last one counts. Its fit starts anew when interrupted.
         changes: fields of `args` that differ for this fit.
     """
-    args = changed(args, output_dir=str(out_dir), **changes)
+    args = anew(args, output_dir=str(out_dir), **changes)
     set_seed(args.seed)
     if keep is not None:
         args.save_strategy = "no"
@@ -104,9 +104,9 @@ def fine_tune(
     Returns:
         The tuned copy (a `PeftModel` for an adapter) and its fit.
     """
-    args = changed(args, output_dir=str(out_dir), **changes)
+    args = anew(args, output_dir=str(out_dir), **changes)
     set_seed(args.seed)
-    tuned: Any = copy.deepcopy(model).requires_grad_(True)
+    tuned: Any = copy.deepcopy(model).requires_grad_(peft_config is None)  # a quantised one takes an adapter alone
     if peft_config is not None:
         tuned = get_peft_model(tuned, peft_config)
     with own_forward(bare(tuned)):
@@ -114,16 +114,6 @@ def fine_tune(
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         fit = _run(trainer, out_dir, trained, save=args.save_strategy != "no")
     return tuned.eval(), fit
-
-
-def changed(args: Any, **changes: Any) -> Any:
-    """A copy of training arguments with other values; ValueError for a field they do not have."""
-    args = copy.copy(args)
-    for name, value in changes.items():
-        if name not in type(args).__dataclass_fields__:
-            raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
-        setattr(args, name, value)
-    return args
 
 
 def text_columns(rows: Dataset) -> Dataset:

@@ -58,8 +58,11 @@ class TaskVector(Mapping[str, Entry]):
         that of `tuned`). Tied tensors count once, under their first name; integers and booleans are left out.
 
         Raises:
-            ValueError: names or shapes differ; it lists them.
+            ValueError: names or shapes differ, or weights are quantised; it lists them.
         """
+        weights = ((name, one.dtype) for state in (base, tuned) for name, one in state.items() if "weight" in name)
+        if odd := [name for name, dtype in weights if dtype in (torch.int8, torch.uint8)]:
+            raise ValueError(f"{listed(odd)}: quantised weights; give the states of models in 16 or 32 bits")
         before, after = once(base), once(tuned)
         check_same({k: v.shape for k, v in before.items()}, {k: v.shape for k, v in after.items()}, "base", "tuned")
         return cls(

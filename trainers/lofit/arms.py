@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arguments import ArmArguments, arm_key, lora_targets
 from .config import LofitConfig
 from .iti import ItiProbe, iti_adapter, iti_probe
-from .red import red_model
+from .red import red_model, unload_red
 from .selection import HeadSelection, grid, layer_matched_heads, learned_scores, random_heads, top_heads
 from .stages import FINISHED, fit, fit_scales
 from .trainer import LofitDPOConfig, LofitSFTConfig
@@ -94,7 +94,10 @@ def train_arms(
         )
         heads = config.heads if isinstance(config, LofitConfig) else None
         yield Arm(name, result.model, result.trained, result.seconds + selected, k, draw, heads, result.log)
-        result.model.unload()
+        if name == "red":
+            unload_red(result.model)
+        else:
+            result.model.unload()
 
     selection_seconds = 0.0
     repeated: dict[int, list[float]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from peft import BeftConfig, IA3Config, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 
 # The MLP's output projection.
@@ -37,3 +38,8 @@ def red_model(model: PreTrainedModel) -> PeftModel:
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad = "ia3_l" in name or "beft_bias" in name
     return tuned
+
+
+def unload_red(tuned: PeftModel) -> None:
+    """Take RED off its base, which is bare again. IA3's own `unload` refuses quantised bases, as if it merged."""
+    BaseTuner._unload_and_optionally_merge(tuned.base_model, merge=False)

@@ -15,7 +15,7 @@ from ...files import write_json
 from ..fingerprint import model_fingerprint
 from ..fits import Fit, run_fit
 from ..processes import of_main
-from ..training import bare, own_forward, save_tuned
+from ..training import anew, bare, own_forward, save_tuned
 from ..whole import joined, to_train
 from .config import LofitConfig
 from .selection import HeadSelection, learned_scores, top_heads
@@ -43,13 +43,7 @@ def fit(
         changes: fields of `args` that differ for this fit (`learning_rate=...`, `l1_lambda=...`, `seed=...`).
     """
     out_dir = Path(out_dir)
-    for name in changes:
-        if name not in type(args).__dataclass_fields__:
-            raise ValueError(f"{name!r} is not a field of {type(args).__name__}")
-    args = replace(
-        args, output_dir=str(out_dir), **changes
-    )  # anew: DeepSpeed's configuration is filled in by a trainer
-
+    args = anew(args, output_dir=str(out_dir), **changes)
     if (out_dir / FINISHED).exists() and peft_config is not None:
         done = json.loads((out_dir / FINISHED).read_text())
         tuned = PeftModel.from_pretrained(model, out_dir)

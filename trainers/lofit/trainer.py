@@ -59,12 +59,9 @@ class _LofitTrainer(FiniteTrainer):
     _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        # On a quantised base TRL rounds every trainable parameter to bf16; LoFiT's stay in fp32 (spec: 1 + A == 1).
-        given = _lofit_parameters(model) if isinstance(model, PeftModel) else {}
-        before = {name: parameter.detach().clone() for name, parameter in given.items()}
         super().__init__(model, *args, **kwargs)
-        for name, parameter in _lofit_parameters(self.model).items():
-            parameter.data = before.get(name, parameter.data).to(parameter.device).float()
+        for parameter in _lofit_parameters(self.model).values():
+            parameter.data = parameter.data.float()  # whatever the base's type: in bf16 1 + scale would be 1
         self._layers = [module for module in self.model.modules() if isinstance(module, LofitLayer)]
         scales = any("lofit_scale" in name and p.requires_grad for name, p in _lofit_parameters(self.model).items())
         if self.args.l1_lambda > 0 and not scales:

@@ -8,6 +8,7 @@ from typing import Any
 from trl import ModelConfig
 
 from ...arguments import json_object, refuse
+from ..quantised import check_quantised
 from .arms import EMBEDDED, ArmArguments
 from .trainer import AgentSFTConfig
 
@@ -104,9 +105,4 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
         raise ValueError(
             f"--watch_every {arms.watch_every}: under ZeRO-3 no process has the whole model while it trains"
         )
-    if stage == 3 and (model.load_in_4bit or model.load_in_8bit):
-        raise ValueError("ZeRO-3 cannot cut a quantised base over the processes: take ZeRO-2 or DDP")
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise ValueError(
-            "a quantised base cannot be trained itself: give --use_peft, which trains an adapter beside it"
-        )
+    check_quantised(model, training)

@@ -9,6 +9,7 @@ from typing import Any
 from trl import ModelConfig
 
 from ...arguments import json_object, refuse
+from ..quantised import check_quantised
 from .trainer import Part, PreferenceConfig, ReportConfig
 
 LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
@@ -147,6 +148,7 @@ def check(args: PreferenceConfig, stage: StageArguments, model: ModelConfig, row
         raise ValueError(f"--part {args.part} has no effect here: --levels says what is instilled where")
     if model.model_name_or_path is not None:
         _check_pretrained(stage, model)
+        check_quantised(model, args)
         return
     why = "is for a pretrained model: name it with --model_name_or_path"
     refuse(stage, PRETRAINED_ONLY, why)
@@ -162,11 +164,6 @@ def _check_pretrained(stage: StageArguments, model: ModelConfig) -> None:
         raise ValueError("--levels: an adapter has weights of its own; L0 and L3 are for training all weights")
     if stage.first_half and not model.use_peft:
         raise ValueError("--first_half is for adapters: give --use_peft")
-    if model.load_in_4bit or model.load_in_8bit:
-        raise ValueError(
-            "--load_in_4bit and --load_in_8bit: an adapter is merged between the stages, which would round it to the "
-            "quantised weights; load the model in bfloat16"
-        )
 
 
 def _check_streams(args: PreferenceConfig, stage: StageArguments, rows: Sequence[int]) -> None:

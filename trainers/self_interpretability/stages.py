@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from .. import stages
 from ..dry_run import show_dry_run
 from ..fits import Fit
 from ..stream import Stream
+from ..training import anew
 from .trainer import PreferenceConfig, PreferenceTrainer, ReportConfig, ReportTrainer
 
 
@@ -41,7 +41,7 @@ def run_stage(
         template: arguments of the chat template, for rows of messages.
     """
     if chosen_by is not None:
-        args = replace(args, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        args = anew(args, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
                        metric_for_best_model="loss", greater_is_better=False)  # fmt: skip
     if rows is not None:
         rows, chosen_by = (part and templated(part, template) for part in (rows, chosen_by))

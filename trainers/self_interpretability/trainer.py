@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from trl import SFTConfig
 
 from ..multitask import MultiTaskArguments
@@ -62,9 +62,11 @@ class PreferenceTrainer(StreamTrainer):
         self, model: Any, args: PreferenceConfig, train_dataset: Dataset | None = None, **kwargs: Any
     ) -> None:
         _check(args, train_dataset, kwargs.get("stream"), DECISION)
-        if args.part != "all" and kwargs.get("peft_config") is not None:
+        adapted = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
+        if args.part != "all" and adapted:
             raise ValueError(f"--part {args.part} is for full fine-tuning: an adapter has its own weights")
-        _train_only(model, args.part)
+        if not adapted:
+            _train_only(model, args.part)
         super().__init__(model, args, train_dataset, **kwargs)
 
 

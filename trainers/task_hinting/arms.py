@@ -13,13 +13,18 @@ from trl import ModelConfig
 
 from ..fits import Fit, run_fit
 from ..processes import of_main
+from ..quantised import is_quantised
 from ..stream import Stream
-from ..training import save_tuned
+from ..training import anew, save_tuned
 from ..whole import joined, to_train
 from .softmax import LengthSoftmax, save, use_length_softmax
 from .trainer import HintingConfig, HintingTrainer
 
 ARMS = ("untouched", "standard", "standard_total", "hint", "control", "softmax", "hint_softmax")
+MERGED = (
+    "an adapter with a softmax of its own is merged, which a quantised base does not allow: drop the arms softmax and "
+    "hint_softmax, or the quantisation"
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,7 @@ class ArmArguments:
                 "log, or train all weights"
             )
         if model.load_in_4bit or model.load_in_8bit:
-            raise ValueError(
-                "an adapter with a softmax of its own is merged, which a quantised base does not allow: drop the arms "
-                "softmax and hint_softmax, or the quantisation"
-            )
+            raise ValueError(MERGED)
 
     def softmax(self, longest: int, longest_row: int, at_test: bool = False) -> LengthSoftmax:
         """In training, or switched on for a test; `longest` items and `longest_row` tokens were trained on."""
@@ -155,12 +157,14 @@ def fit(
     complete checkpoint there; it is saved in `folder/model`, an adapter with a softmax of its own merged."""
     set_seed(seed)
     names = {task.name for task in stream.tasks}  # --weights may name hints of other arms
-    args = replace(  # anew: DeepSpeed's configuration is filled in by a trainer
+    args = anew(
         args, output_dir=str(folder), seed=seed,
         per_device_train_batch_size=stream.rows // (args.gradient_accumulation_steps * args.world_size),
         weights=[text for text in args.weights or [] if text.partition("=")[0] in names],
     )  # fmt: skip
     if softmax is not None:
+        if peft_config is not None and is_quantised(model):  # as its checkpoint was
+            raise ValueError(MERGED)
         use_length_softmax(model, softmax)
     trained, whole = to_train(model, args)
     trainer = HintingTrainer(trained, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
