@@ -54,29 +54,35 @@ def recipe(load_recipe):
 def base(tmp_path_factory):
     """Folders of tiny random models, one a family."""
     folder = tmp_path_factory.mktemp("base")
-    texts = [json.dumps([row["messages"], row["tools"]], indent=4) for row in ROWS]
-    for name, (kind, template, ends, marks) in FAMILIES.items():
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        special = ["<pad>", *ends, *marks]
-        made.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False))  # fmt: skip
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=made, pad_token="<pad>", eos_token=ends[0], chat_template=template,
-            bos_token=marks[0] if name == "llama31_8b" else None)  # fmt: skip
-        if name == "glm4_9b":  # as the converted tokenizer does it
-            first = [(mark, made.token_to_id(mark)) for mark in marks[:2]]
-            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-                single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=first)  # fmt: skip
-        torch.manual_seed(0)
-        numbers = tokenizer.convert_tokens_to_ids(ends)
-        config = kind(vocab_size=len(tokenizer), eos_token_id=numbers if len(numbers) > 1 else numbers[0], **SMALL)
-        model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    for name in FAMILIES:
+        save_family(name, folder)
     return folder
+
+
+def save_family(name, folder):
+    """A tiny random model in `folder/name`."""
+    kind, template, ends, marks = FAMILIES[name]
+    texts = [json.dumps([row["messages"], row["tools"]], indent=4) for row in ROWS]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<pad>", *ends, *marks]
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token=ends[0], chat_template=template,
+        bos_token=marks[0] if name == "llama31_8b" else None)  # fmt: skip
+    if name == "glm4_9b":  # as the converted tokenizer does it
+        first = [(mark, made.token_to_id(mark)) for mark in marks[:2]]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=first)  # fmt: skip
+    torch.manual_seed(0)
+    numbers = tokenizer.convert_tokens_to_ids(ends)
+    config = kind(vocab_size=len(tokenizer), eos_token_id=numbers if len(numbers) > 1 else numbers[0], **SMALL)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
 
 
 @pytest.fixture

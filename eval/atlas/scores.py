@@ -114,7 +114,7 @@ class Completions:
         self, model: CausalLM, batch_size: int, progress: bool
     ) -> Iterator[tuple[Row, int, list[int], TokenScores]]:
         def scores(places: Sequence[int]) -> list[TokenScores]:
-            whole, starts = ([values[place] for place in places] for values in (self.whole, self.starts))
+            whole, starts = [self.whole[place] for place in places], [self.starts[place] for place in places]
             return list(score_tokens(model, whole, starts, batch_size=batch_size, progress=progress,
                                      unit="completion"))  # fmt: skip
 
