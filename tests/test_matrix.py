@@ -30,7 +30,8 @@ SCORES = 1e-3  # relative; a report in hundreds follows weights that differ in t
 
 
 def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list[str]]:
-    """Name -> recipe and flags. The same rows a step, however many processes."""
+    """Name -> recipe and flags. The same rows a step, however many processes, which divide every epoch: else accelerate
+    fills an epoch's end up with its first rows."""
     rows = str(4 // processes)
     common = [
         *"--bf16 false --logging_steps 1 --save_strategy steps --save_steps 2 --disable_tqdm true".split(),
@@ -39,8 +40,8 @@ def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list
     ]
     plain = ["--model_name_or_path", str(world / "base"), *common]
     hinting = [
-        *"task_hinting --preset smoke --test_rows 5 --test_lengths 3 5 --longest 3 --main increment --hints carry".split(),
-        *"--max_steps 5 --learning_rate 0.01".split(), *plain,
+        *"task_hinting --preset smoke --test_rows 5 --test_lengths 3 5 --longest 3 --main increment".split(),
+        *"--hints carry --max_steps 5 --learning_rate 0.01".split(), *plain,
     ]  # fmt: skip
     told = [
         *"self_interpretability --preset smoke --instilled 4 --native 2 --never 1 --asked 1 --choices 8".split(),
@@ -55,9 +56,11 @@ def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list
         "hinting_lora": [*hinting, "--arms", "hint", *LORA],
         "self_lora": [*told, "--max_steps", "5", *LORA],
         "self_all": [*told, "--max_steps", "4", "--levels", "L3", "--controls", "reinstil"],
-        "ping": ["ping", "--preset", "smoke", "--dtype", "float32", "--max_length", "2048", "--max_steps", "5",
-                 "--per_device_train_batch_size", rows, "--learning_rate", "1e-3", "--gradient_checkpointing", "false",
-                 "--model_name_or_path", str(world / "agent"), "--defences", "false", "--probes", "false", *common],
+        "ping": [
+            *"ping --preset smoke --dtype float32 --max_length 2048 --max_steps 4 --learning_rate 1e-3".split(),
+            *"--gradient_checkpointing false --defences false --probes false".split(),
+            "--per_device_train_batch_size", rows, "--model_name_or_path", str(world / "agent"), *common,
+        ],
     }  # fmt: skip
     if engine in ("one", "ddp"):  # the others are refused: test_atlas_recipe.py
         found["atlas"] = ["atlas", "--base", str(world / "base"), "--task_vectors", f"first={world}/vectors/first",
