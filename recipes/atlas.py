@@ -38,7 +38,7 @@ from steerbook.trainers.atlas.arguments import ArmArguments, arm_key
 from steerbook.trainers.atlas.arms import SECTIONS
 from steerbook.trainers.atlas.bench import Arm, Bench
 from steerbook.trainers.atlas.checks import check_flags, check_sections, check_vectors
-from steerbook.trainers.atlas.dry_run import show_composition, show_low_rank
+from steerbook.trainers.atlas.dry_run import check_engine, dense_composing, low_rank_composing, show_composing
 from steerbook.trainers.atlas.low_rank import LowRankComposer
 from steerbook.trainers.atlas.stages import text_columns
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
@@ -257,15 +257,18 @@ def main(argv: list[str]) -> None:
             quiet_libraries()
             model, tokenizer = load(settings, args[0], data[0], seeds[0])
             vectors, lora_vectors, *_ = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
-            given, rows = list(vectors.values()), text_columns(data[0]["fit"])
+            given, rows, plan = list(vectors.values()), text_columns(data[0]["fit"]), settings.recipe.plan
+            check_engine(plan["engine"], low_rank=lora_vectors is vectors)
             with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
                 if lora_vectors is vectors:
                     composer = LowRankComposer(model, given, settings.arms.low_rank_mode)
-                    show_dry_run(AtlasTrainer(composer, training, rows, tokenizer), tokenizer)
-                    return show_low_rank(composer)
-                model.requires_grad_(False)  # coefficients are trained, which are shown below
-                show_dry_run(MultiTaskTrainer(model, training, rows, processing_class=tokenizer), tokenizer)
-                return show_composition(model, given, settings.arms)
+                    composing = low_rank_composing(composer)
+                    trainer: Any = AtlasTrainer(composer, training, rows, tokenizer)
+                else:
+                    composing = dense_composing(model, given, settings.arms)
+                    trainer = MultiTaskTrainer(model, training, rows, processing_class=tokenizer)
+                show_dry_run(trainer, tokenizer, composition=composing.memory, **plan)
+                return show_composing(composing)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="atlas", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:
