@@ -160,9 +160,10 @@ def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed:
     if settings.vectors.task_vectors is not None:
         dense, lora = given_vectors(settings.model, settings.vectors.task_vectors, settings.vectors.vector_dtype)
         return dense, lora, base, dense
+    dry = settings.recipe.dry_run  # one step, without warm-up: a vector of zeros would be refused
     args = MultiTaskConfig(
-        settings.training.output_dir, max_steps=0 if settings.recipe.dry_run else 40, per_device_train_batch_size=64,
-        seed=seed, lr_scheduler_type="cosine", warmup_steps=5, max_length=32, disable_tqdm=True, save_strategy="no",
+        settings.training.output_dir, max_steps=1 if dry else 40, per_device_train_batch_size=64, seed=seed,
+        lr_scheduler_type="cosine", warmup_steps=0 if dry else 5, max_length=32, disable_tqdm=True, save_strategy="no",
         train_eos=False,
     )  # fmt: skip
     content, tasks = fingerprint(data["train"]), list(dict.fromkeys(data["train"]["task"]))
@@ -174,7 +175,7 @@ def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed:
         report(f"{len(made[-1])} task vectors ({kind})")
     if "negation" not in settings.arms.sections:
         return *made, base, made[0]
-    joint = replace(args, max_steps=20, per_device_train_batch_size=192)
+    joint = replace(args, max_steps=1 if dry else 20, per_device_train_batch_size=192)
     competent = competent_base(base, tokenizer, rows, content, joint, 4e-4)
     more = embedded_vectors(competent, tokenizer, rows, settings.arms.forget, content, args, MAKING["vector"])
     report(f"{len(more)} task vectors (to forget)")

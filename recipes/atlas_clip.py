@@ -211,8 +211,9 @@ def main(argv: list[str]) -> None:
             for row in data[0]["classes"].select(range(3)):
                 print(f"  {row['task']} {row['label']}: {' | '.join(row['prompts'])}")
             composing = dense_composing(clip, list(vectors.values()), settings.arms)
-            show_memory(clip, training, training.per_device_train_batch_size, clip.vision_model.embeddings.num_positions,
-                        composition=composing.memory, **settings.recipe.plan)  # fmt: skip
+            tokens = clip.vision_model.embeddings.num_positions
+            show_memory(clip, training, training.per_device_train_batch_size, tokens, composition=composing.memory,
+                        **settings.recipe.plan)  # fmt: skip
             return show_composing(composing)
         contents = "embedded"
         if not toy:  # NaN and zero vectors are found before any time is spent

@@ -26,8 +26,8 @@ def model_sizes(model: Any, tokens: int, launch: Launch, *, padded: bool = False
 
     - RMSNorm 4 h + 4 (its input in fp32); LayerNorm r h + 8 (its input), 4 h under autocast.
     - attention (sdpa) c (2 a + 2 kv) + 4 heads: queries, output, keys, values, the softmax' logarithms. In a padded
-      batch keys and values are repeated for all heads (2 a), and the mask costs c a key. "eager" keeps the
-      probabilities instead: heads (4 + c) a key.
+      batch keys and values are repeated for all heads (2 a), and the mask costs c a key. "eager" repeats them, too,
+      and keeps the probabilities instead: heads a key, in fp32 and in the products' type where that is another.
     - MLP with a gate 3 c i: gate, up, the activated gate; without one c i for each tensor that the activation keeps.
     - where weights are trained, also the inputs of their matrix products (shared by those that read the same one,
       unless each casts it to another type first), of a norm's weight r h, and c rank for each LoRA.
@@ -138,10 +138,12 @@ class _Reader:
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         groups = getattr(config, "num_key_value_heads", None) or heads
-        keys = width if self.padded else width // heads * groups
-        if getattr(config, "_attn_implementation", "sdpa") == "eager":
-            return self.compute * (2 * width + 2 * keys) + heads * (4 + self.compute) * self.tokens
-        return self.compute * (2 * width + 2 * keys) + 4 * heads + self.padded * self.compute * self.tokens
+        eager = getattr(config, "_attn_implementation", "sdpa") == "eager"
+        kept = 2 * width * self.compute
+        kept += 2 * self.compute * (width if self.padded or eager else width // heads * groups)
+        if eager:
+            return kept + heads * self.tokens * (4 if self.compute == 4 else 4 + self.compute)
+        return kept + 4 * heads + self.padded * self.compute * self.tokens
 
     def _mlp(self, block: nn.Module, linears: dict[str, nn.Module], inner: int) -> float:
         if any("gate" in name for name in linears):

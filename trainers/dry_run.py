@@ -102,8 +102,8 @@ def show_memory(
         sums |= {"in the host's memory": found.host, "moved a step to and from the host": found.moved_host}
     ways = (
         f"on {'an accelerator' if launch.accelerator else 'the CPU'}, engine {launch.engine}, {launch.processes} "
-        f"process(es), {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'no bf16'}, gradient checkpointing "
-        f"{'on' if launch.checkpointing else 'off'}"
+        f"process{'es' * (launch.processes > 1)}, {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'no bf16'}, "
+        f"gradient checkpointing {'on' if launch.checkpointing else 'off'}"
     )
     console.print(f"One step of one process, {rows // per_row} rows of {tokens} tokens ({ways}):")
     for name, value in (counts | found.kinds | sums).items():

@@ -150,52 +150,63 @@ def memory_estimate(
     sizes: Sizes, rows: int, tokens: int, launch: Launch, scored: float = 1.0, composition: Composition | None = None
 ) -> Estimate:
     """Bytes of a step on `rows` sequences of `tokens` tokens, of which the share `scored` carries loss."""
-    sizes = replace(sizes, outside=sizes.outside.under(launch), layers=tuple(
-        replace(layer, weights=layer.weights.under(launch)) for layer in sizes.layers))  # fmt: skip
-    total, n, count = sizes.weights, launch.processes, rows * tokens
-    deepspeed, offload = launch.engine.startswith("zero"), launch.engine == "zero3_offload"
-    cut = deepspeed or launch.engine == "fsdp2"
-
+    layers = tuple(replace(layer, weights=layer.weights.under(launch)) for layer in sizes.layers)
+    sizes = replace(sizes, layers=layers, outside=sizes.outside.under(launch))
+    total, n = sizes.weights, launch.processes
+    deepspeed, cut = launch.engine.startswith("zero"), launch.engine not in ("none", "ddp")
     weights = total.bytes / n if launch.engine in CUT else total.bytes
     gradients = total.largest if composition else total.gradients / n if cut else total.gradients
-    optimiser = 8 * composition.coefficients if composition else 12 * total.trained / n if deepspeed else (
-        2 * total.gradients / n if cut else 2 * total.gradients)  # fmt: skip
-    together = max(w.bytes for w in (sizes.outside, *(layer.weights for layer in sizes.layers)))
-    buckets = total.gradients if launch.engine == "ddp" and not composition else 0
-    host = weights + gradients + optimiser if offload else 0
-    moved, up_and_down = total.gradients * 2 * (n - 1) / n, 0.0
     if composition:
-        moved = 8 * (n - 1) / n * composition.coefficients
+        optimiser = 8.0 * composition.coefficients
+    else:
+        optimiser = 12 * total.trained / n if deepspeed else 2 * total.gradients / (n if cut else 1)
+    buckets = total.gradients if launch.engine == "ddp" and not composition else 0
+    moved = 2 * (n - 1) / n * (4 * composition.coefficients if composition else total.gradients)
     if launch.engine in CUT:
         moved = (n - 1) / n * (2 * total.bytes + total.gradients)
-    if offload:
-        up_and_down = gradients + 2 * weights
-        weights = gradients = optimiser = 0
+    host = moved_host = 0.0
+    if launch.engine == "zero3_offload":
+        host, moved_host = weights + gradients + optimiser, gradients + 2 * weights
+        weights = gradients = optimiser = 0.0
+    held = {name: size / (n if cut else 1) for name, size in (composition.held.items() if composition else ())}
+    if launch.engine in CUT:
+        held["weights put together at a time"] = max(
+            part.bytes for part in (sizes.outside, *(layer.weights for layer in layers))
+        )
+    activations, head, highest = _moments(sizes, rows * tokens, launch, scored, composition is not None)
+    beside = weights + optimiser + buckets + sum(held.values()) + (composition.working if composition else 0)
+    kinds = {
+        "weights": weights,
+        "gradients": gradients + buckets,
+        "optimiser (AdamW)": optimiser,
+        "activations": activations,
+        "output head, for a moment": head,
+        **held,
+    }
+    whole = {name: round(value) for name, value in kinds.items()}
+    return Estimate(whole, round(beside + highest), round(moved), round(moved_host), round(host))
 
-    kept = [count * (sizes.stream * sizes.width if layer.kept and launch.checkpointing else layer.kept)
-            + (0 if launch.checkpointing else layer.casts) for layer in sizes.layers]  # fmt: skip
+
+def _moments(sizes: Sizes, count: int, launch: Launch, scored: float, composed: bool) -> tuple[float, float, float]:
+    """Bytes of all layers' activations, of the head's backward pass, and of activations and gradients together at the
+    highest of a step's moments."""
+    cut, again = launch.engine not in ("none", "ddp"), launch.checkpointing
+    kept = [count * (sizes.stream * sizes.width if again and layer.kept else layer.kept)
+            + (0 if again else layer.casts) for layer in sizes.layers]  # fmt: skip
     head = _head(sizes, count, launch, scored)
     kept.append(count * sizes.last + head.kept)
-    share = 0.0 if composition or offload else 1 / n if cut else 1.0  # of gradients that stay
+    # Of gradients, the share that stays until the step's end.
+    share = 0.0 if composed or launch.engine == "zero3_offload" else 1 / launch.processes if cut else 1.0
     moments = [sum(kept) + head.forward, sum(kept) + head.backward + head.gradient]
     grown = share * head.gradient
     for number in reversed(range(len(sizes.layers))):
         layer = sizes.layers[number]
-        again = count * layer.kept + layer.casts if launch.checkpointing else 0
-        own = layer.weights.gradients if cut else layer.weights.largest if composition else 0
-        moments.append(sum(kept[: number + 1]) + grown + again + count * layer.working + own)
+        own: float = layer.weights.gradients if cut else layer.weights.largest if composed else 0
+        own += count * layer.kept + layer.casts if again else 0
+        moments.append(sum(kept[: number + 1]) + grown + count * layer.working + own)
         grown += share * layer.weights.gradients
-    moments.append(share * total.gradients + (head.gradient if sizes.tied else 0))
-    held = {name: size / (n if cut else 1) for name, size in (composition.held.items() if composition else ())}
-    if launch.engine in CUT:
-        held["weights put together at a time"] = together
-    beside = weights + optimiser + buckets + sum(held.values()) + (composition.working if composition else 0)
-    kinds = {"weights": weights, "gradients": gradients + buckets, "optimiser (AdamW)": optimiser,
-             "activations": sum(kept), **held}  # fmt: skip
-    return Estimate(
-        {name: round(value) for name, value in kinds.items()},
-        round(beside + max(moments)), round(moved), round(up_and_down), round(host),
-    )  # fmt: skip
+    moments.append(share * sizes.weights.gradients + (head.gradient if sizes.tied else 0))
+    return sum(kept), head.backward, max(moments)
 
 
 @dataclass(frozen=True)

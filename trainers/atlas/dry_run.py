@@ -28,8 +28,8 @@ class Composing(NamedTuple):
 
 
 def dense_composing(model: nn.Module, vectors: Sequence[TaskVector], arms: ArmArguments) -> Composing:
-    """Composing these dense vectors as the flags say. The model's composed parameters are marked as trained, the others
-    as frozen, as the composer does; values of one tensor are read."""
+    """Composing these dense vectors as the flags say. The model's composed parameters are marked as trained and the
+    others as frozen, as the composer does; values of one tensor are read."""
     targets, aligned = align(vectors, model)
     blocks = split_blocks(model, targets, arms.blocks, arms.include or (), arms.exclude)
     names = [name for members in blocks.values() for name in members]
@@ -52,9 +52,10 @@ def dense_composing(model: nn.Module, vectors: Sequence[TaskVector], arms: ArmAr
 def low_rank_composing(composer: LowRankComposer) -> Composing:
     """Composing LoRA vectors, whose factors are in the model as an adapter."""
     factors = [layer.get_parameter(f"lora_{letter}.atlas.weight") for layer in composer.layers for letter in "AB"]
-    moved = 2 * sum(factor.numel() * factor.dtype.itemsize for factor in factors)
+    held = sum(factor.numel() * factor.dtype.itemsize for factor in factors)
     memory = Composition(coefficients=composer.coefficients.numel())
-    return Composing(tuple(composer.coefficients.shape), memory, {"moved a step: the factors, read twice": moved})
+    beside = {"of the weights: factors of task vectors": held, "moved a step: the factors, read twice": 2 * held}
+    return Composing(tuple(composer.coefficients.shape), memory, beside)
 
 
 def check_engine(engine: Engine | None, low_rank: bool) -> None:
