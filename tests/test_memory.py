@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import char_tokenizer
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -37,13 +38,14 @@ from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitDPOTraine
 from steerbook.trainers.memory import Composition, Launch, largest_batch, memory_estimate
 
 TOKENS, LAYERS = 96, 6
+FORWARD = "the forward pass"
 SETTINGS = {"max_steps": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
             "disable_tqdm": True, "train_sampling_strategy": "sequential"}  # fmt: skip
 _COMMON = {"vocab_size": 1920, "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
            "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 _GQA = {**_COMMON, "intermediate_size": 176, "num_key_value_heads": 2}
 CONFIGS = {
-    "llama": lambda **more: LlamaConfig(**_GQA, **more),
+    "llama": lambda **more: LlamaConfig(**{**_GQA, **more}),
     "qwen3": lambda **more: Qwen3Config(**_GQA, head_dim=24, **more),
     "gpt2": lambda **more: GPT2Config(**_COMMON, **{"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **more}),
     "opt": lambda **more: OPTConfig(**_COMMON, ffn_dim=256, word_embed_proj_dim=64, dropout=0.0, **more),
@@ -57,8 +59,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(memory, "TILE", (memory.TILE[0], 512))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def old_objects_left_alone():
+    """accelerate collects garbage after every training: half a second over all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Profiled(TrainerCallback):
-    """Bytes alive at most in the last step, above those alive at its start, as the CPU's allocator reports them."""
+    """Bytes alive at most in the last step, and after its forward pass, above those alive at its start, as the CPU's
+    allocator reports them."""
 
     def start(self):
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -66,11 +78,14 @@ class Profiled(TrainerCallback):
 
     def stop(self):
         self.profile.__exit__(None, None, None)
-        events = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        alive, self.peak = 0, 0
+        events = self.profile.profiler.kineto_results.events()
+        forward = min((event.end_ns() for event in events if event.name() == FORWARD), default=0)
+        alive = self.peak = self.kept = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
-            alive += event.nbytes()
-            self.peak = max(self.peak, alive)
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                self.peak = max(self.peak, alive)
+                self.kept = alive if event.start_ns() <= forward else self.kept
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps - 1:
@@ -81,13 +96,20 @@ class Profiled(TrainerCallback):
             self.stop()
 
 
-def measured(trainer, held=()) -> int:
-    """Weights, the optimiser's state and `held`, and what the second step adds to them at most."""
-    watch = Profiled()
+def measured(trainer, held=()) -> tuple[int, int]:
+    """Weights, the optimiser's state and `held`, and what the second step adds to them at most; what its forward pass
+    leaves behind."""
+    watch, compute_loss = Profiled(), trainer.compute_loss
+
+    def marked(*args, **kwargs):
+        with record_function(FORWARD):
+            return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = marked
     trainer.add_callback(watch)
     trainer.train()
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    return stored([*trainer.model.parameters(), *held, *states]) + watch.peak
+    return stored([*trainer.model.parameters(), *held, *states]) + watch.peak, watch.kept
 
 
 def stored(tensors):
@@ -100,7 +122,7 @@ def base(kind="llama", **more):
 
 
 def token_rows(rows, padded=False):
-    ids = torch.randint(4, 1920, (2 * rows, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(4, 256, (2 * rows, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     ids = [row[: TOKENS // 2] if padded and number % rows else row for number, row in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
@@ -129,23 +151,24 @@ def make(model, rows, folder, padded=False, **changes):
     return trainer(model, args=args, train_dataset=token_rows(rows, padded), processing_class=char_tokenizer())
 
 
-def close(estimate, found, within=0.1):
-    assert abs(estimate / found - 1) < within, f"estimated {estimate:,}, measured {found:,}: {estimate / found:.3f}"
+def close(estimate, found, within=0.03):
+    """The peak, and what the forward pass keeps, but for 200 kB that do not grow with the layers: masks, tables, ids,
+    the embeddings' output beside its sum with positions. A bound of 20 % would hide a forgotten tensor."""
+    peak, kept = found
+    assert estimate.peak == pytest.approx(peak, rel=within)
+    assert estimate.kinds["activations"] == pytest.approx(kept, rel=within, abs=200_000)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["lofit offset", "lofit scale", "lora", "full"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_peak_of_a_step(kind, method, checkpointing, tmp_path):
-    launch, most = Launch(checkpointing=checkpointing, accelerator=False), {}
+    launch = Launch(checkpointing=checkpointing, accelerator=False)
     for rows in (2, 6):
         trainer = make(tuned(base(kind), method), rows, tmp_path, gradient_checkpointing=checkpointing)
         found = memory_estimate(model_sizes(trainer.model, TOKENS, launch), rows, TOKENS, launch)
-        most[rows] = measured(trainer)
-        close(found.peak, most[rows])
-        # Several kinds count: none of them alone would do.
-        assert max(found.kinds.values()) < 0.8 * found.peak or checkpointing
-    assert most[6] > 1.2 * most[2]
+        close(found, measured(trainer))
+        assert max(found.kinds.values()) < 0.7 * found.peak or checkpointing  # no kind is nearly all
 
 
 @pytest.mark.parametrize(
@@ -164,18 +187,21 @@ def test_the_peak_of_a_step(kind, method, checkpointing, tmp_path):
         ("gpt2", "full", {"resid_pdrop": 0.1}),
         ("llama", "full", {"tie_word_embeddings": True}),
         ("llama", "full", {"attn_implementation": "eager"}),
+        ("llama", "full", {"vocab_size": 256, "rows": 1}),  # at the end, with all gradients
+        ("llama", "full", {"vocab_size": 256, "intermediate_size": 704, "gradient_checkpointing": True}),  # a layer
         ("qwen3", "full", {}),
         ("opt", "full", {}),
     ],
 )
 def test_what_else_changes_the_peak(kind, method, more, tmp_path):
-    of_model = {name: more.pop(name) for name in list(more) if name in ("resid_pdrop", "tie_word_embeddings",
-                                                                       "attn_implementation")}  # fmt: skip
-    flags = {"gradient_checkpointing": False, **more}
-    trainer = make(tuned(base(kind, **of_model), method), 4, tmp_path, **flags)
-    launch = Launch(half=flags.get("bf16", False), checkpointing=flags["gradient_checkpointing"], accelerator=False)
-    sizes = model_sizes(trainer.model, TOKENS, launch, padded=flags.get("padded", False))
-    close(memory_estimate(sizes, 4, TOKENS, launch).peak, measured(trainer))
+    of_model = {name: more[name] for name in more if name in vars(CONFIGS[kind]()) or name == "attn_implementation"}
+    flags = {"gradient_checkpointing": False, "bf16": False}
+    flags |= {name: more[name] for name in flags if name in more}
+    rows, padded = more.get("rows", 4), more.get("padded", False)
+    trainer = make(tuned(base(kind, **of_model), method), rows, tmp_path, padded, **flags)
+    launch = Launch(half=flags["bf16"], checkpointing=flags["gradient_checkpointing"], accelerator=False)
+    sizes = model_sizes(trainer.model, TOKENS, launch, padded=padded)
+    close(memory_estimate(sizes, rows, TOKENS, launch), measured(trainer))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -201,7 +227,7 @@ def test_the_peak_of_a_step_on_coefficients(placement, checkpointing, tmp_path):
     trainer = AtlasTrainer(composer, args, token_rows(4), char_tokenizer())
     launch = Launch(checkpointing=checkpointing, accelerator=False)
     sizes = model_sizes(trainer.model, TOKENS, launch)
-    close(memory_estimate(sizes, 4, TOKENS, launch, composition=composing.memory).peak, measured(trainer, held))
+    close(memory_estimate(sizes, 4, TOKENS, launch, composition=composing.memory), measured(trainer, held), 0.04)
     assert composing.memory.coefficients == composer.coefficients.numel()
 
 
@@ -223,7 +249,7 @@ def test_the_peak_of_a_step_on_images():
     launch = Launch(accelerator=False)
     sizes = model_sizes(clip, tokens, launch)
     found = memory_estimate(sizes, 8, tokens, launch, composition=composing.memory)
-    close(found.peak, stored(held) + watch.peak)
+    assert found.peak == pytest.approx(stored(held) + watch.peak, rel=0.05)
     assert found.kinds["output head, for a moment"] == 0
 
 
@@ -236,7 +262,7 @@ def test_the_peak_of_a_step_on_pairs(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 rows of 96 tokens (on the CPU, engine none, 1 process, no bf16" in shown
     told = int(shown.partition("at most at one time")[2].split()[0].replace(",", ""))
-    close(told, measured(trainer))
+    assert told == pytest.approx(measured(trainer)[0], rel=0.03)
 
 
 def test_the_largest_batch_that_fits(tmp_path):
@@ -247,8 +273,9 @@ def test_the_largest_batch_that_fits(tmp_path):
     for limit in (peaks[0] - 1, peaks[0], peaks[6], peaks[7] - 1, peaks[20] + 5):
         assert largest_batch(sizes, TOKENS, launch, limit) == sum(peak <= limit for peak in peaks)
     limit = (peaks[6] + peaks[7]) // 2
-    found = measured(make(tuned(base(), "lora"), largest_batch(sizes, TOKENS, launch, limit), tmp_path,
-                          gradient_checkpointing=False))  # fmt: skip
+    trainer = make(tuned(base(), "lora"), largest_batch(sizes, TOKENS, launch, limit), tmp_path,
+                   gradient_checkpointing=False)  # fmt: skip
+    found, _ = measured(trainer)
     assert 0.85 * limit < found <= limit
 
 
@@ -258,7 +285,7 @@ def test_the_tiles_are_those_of_the_library(monkeypatch, tmp_path):
     assert memory.TILE == library
     launch = Launch(accelerator=False)
     trainer = make(base(), 2, tmp_path, gradient_checkpointing=False)
-    close(memory_estimate(model_sizes(trainer.model, TOKENS, launch), 2, TOKENS, launch).peak, measured(trainer))
+    close(memory_estimate(model_sizes(trainer.model, TOKENS, launch), 2, TOKENS, launch), measured(trainer))
 
 
 H, V = 64, 1920

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +58,22 @@ def model_sizes(model: Any, tokens: int, launch: Launch, *, padded: bool = False
         layers.append(reader.layer(block, from_below))
         from_below = from_below or layers[-1].kept > 0
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    trained_norm = any(p.requires_grad for p in outside if p.dim() == 1)
+    tower = getattr(model, "vision_model", model)
+    within = {id(module) for block in blocks for module in block.modules()}
+    norms = {name: module for name, module in tower.named_modules() if id(module) not in within}
+    last = reader.norms(norms)
     return Sizes(
-        tuple(layers), weights_of(outside), config.hidden_size, stream, reader.compute,
-        (4 * config.hidden_size + 4 + trained_norm * stream * config.hidden_size) if from_below or trained_norm else 0,
+        tuple(layers),
+        weights_of(outside),
+        config.hidden_size,
+        stream,
+        reader.compute,
+        last if from_below or any(p.requires_grad for p in outside if p.dim() == 1) else 0.0,
         0 if head is None else numbers(head.weight) // config.hidden_size,
         stream if head is None or launch.half and not launch.autocast else head.weight.element_size(),
         head is not None and head.weight.requires_grad,
         head is not None and first is not None and head.weight is first.weight,
-    )  # fmt: skip
+    )
 
 
 def weights_of(parameters: Iterable[nn.Parameter]) -> Weights:
@@ -118,9 +125,15 @@ class _Reader:
         whole = from_below or not all(self._after_attention(name) for name in learned)
         kept = working = 0.0
         if whole or learned:
-            kept = self._mlp(block, linears, inner) + (self._attention(block, linears) if whole else 0.0)
-            kept += self._norms(block, whole) + self._inputs(linears, _kinds(block) >= {"ReLU"}) + self._dropout(block)
-            working = 3 * self.compute * inner + 2 * self.stream * self.config.hidden_size
+            kept = self._mlp(block, linears, inner) + (self._attention() if whole else 0.0)
+            kept += (
+                self.norms(dict(block.named_modules())) * (1 if whole else 0.5)
+                + self._inputs(linears, _kinds(block) >= {"ReLU"})
+                + self._dropout(block)
+            )
+            # Gradients of an MLP's product, gate and up; the product itself, where it was kept, is gone by then.
+            freed = any(p.requires_grad for module in down for p in module.parameters())
+            working = (3 - freed) * self.compute * inner + 2 * self.stream * self.config.hidden_size
         narrow = self.launch.autocast and self.stream > self.compute and kept > 0
         casts = sum(self.compute * _matrix(module) for module in linears.values()) if narrow else 0
         return Layer(weights, kept, working, casts)
@@ -133,7 +146,7 @@ class _Reader:
             return bool(_OUT.search(path))
         return "norm" not in path and not re.search(r"(^|\.)ln_", path)
 
-    def _attention(self, block: nn.Module, linears: dict[str, nn.Module]) -> float:
+    def _attention(self) -> float:
         config = self.config
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -151,9 +164,10 @@ class _Reader:
         kinds = _kinds(block)
         return self.compute * inner * next((n for kind, n in _ACTIVATIONS.items() if kind in kinds), 1)
 
-    def _norms(self, block: nn.Module, whole: bool) -> float:
+    def norms(self, modules: Mapping[str, Any]) -> float:
+        """Of those among them that are norms."""
         kept = 0.0
-        for name, module in block.named_modules():
+        for name, module in modules.items():
             kind = type(module).__name__
             if "Norm" not in kind or not hasattr(module, "weight"):
                 continue
@@ -166,7 +180,7 @@ class _Reader:
                 kept += (4 if self.launch.autocast else self.stream) * width + 8
             else:
                 kept += 4 * width + 4 + module.weight.requires_grad * self.stream * width
-        return kept if whole else kept / 2  # the norm before the MLP
+        return kept
 
     def _inputs(self, linears: dict[str, Any], relu: bool) -> float:
         """Of matrix products with trained weights. A ReLU keeps its output, which is the input of the next one."""
