@@ -7,8 +7,7 @@ loss. Time: the median, over the steps after a warm-up, of the synchronised seco
 one's. Memory: the most that PyTorch's allocator held in these steps, and beside it what `--dry_run` estimates
 (trainers/memory.py). Utilisation: the model's operations, counted as `flops` says, in that time, beside what the card
 does at most in dense bf16. A row that by the estimate does not fit is left out, one that runs out of memory says so,
-and the next one runs; the file is written after each row. `--shapes tiny` runs on a CPU too, where memory and
-utilisation are not measured.
+and the next one runs; the file is written after each row. On a CPU `--shapes tiny` shows times and estimates alone.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ class Bench:
         return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     def make(self, trainer: Any, config: Any, model: Any, rows: Any, **more: Any) -> Trainer:
-        args = config(**{**self.settings, **more.pop("args", {})})
-        return trainer(model, args=args, train_dataset=rows, processing_class=self.tokenizer, **more)
+        return trainer(model, config(**self.settings, **more), train_dataset=rows, processing_class=self.tokenizer)
 
     def plan(self, model: Any, checkpointing: bool = False, composing: Composing | None = None) -> None:
         """Estimate a step, and leave the row out if it does not fit."""
@@ -102,20 +100,18 @@ class Bench:
     def lofit(self, model: Any, rows: Any, stage: str) -> Trainer:
         heads = grid(model)
         share = random_heads(heads, max(1, round(0.03 * sum(heads.values()))), 0) if stage == "offset" else None
-        config = LofitConfig(component=stage, heads=share, init_std=1e-3, task_type="CAUSAL_LM")
-        args = {"l1_lambda": 5e-4 if stage == "scale" else 0.0}
-        tuned = get_peft_model(model, config)
+        tuned = get_peft_model(model, LofitConfig(component=stage, heads=share, init_std=1e-3))
         self.plan(tuned)
-        return self.make(LofitSFTTrainer, LofitSFTConfig, tuned, rows, args=args)
+        return self.make(LofitSFTTrainer, LofitSFTConfig, tuned, rows, l1_lambda=5e-4 if stage == "scale" else 0.0)
 
     def lora(self, model: Any, rows: Any) -> Trainer:
-        tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
         self.plan(tuned)
-        return self.make(SFTTrainer, SFTConfig, tuned, rows, args={"gradient_checkpointing": False})
+        return self.make(SFTTrainer, SFTConfig, tuned, rows, gradient_checkpointing=False)
 
     def full(self, model: Any, rows: Any, checkpointing: bool) -> Trainer:
         self.plan(model, checkpointing)
-        return self.make(SFTTrainer, SFTConfig, model, rows, args={"gradient_checkpointing": checkpointing})
+        return self.make(SFTTrainer, SFTConfig, model, rows, gradient_checkpointing=checkpointing)
 
     def atlas(self, model: Any, rows: Any, placement: str) -> Trainer:
         if placement == "low-rank":

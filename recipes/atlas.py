@@ -44,7 +44,7 @@ from steerbook.trainers.atlas.stages import text_columns
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
 from steerbook.trainers.atlas.vectors import Making, competent_base, embedded_vectors, given_vectors
 from steerbook.trainers.base_model import load_base
-from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.dry_run import launch_of, show_dry_run
 from steerbook.trainers.multitask import MultiTaskConfig, MultiTaskTrainer, tokenised
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> None:
             model, tokenizer = load(settings, args[0], data[0], seeds[0])
             vectors, lora_vectors, *_ = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
             given, rows, plan = list(vectors.values()), text_columns(data[0]["fit"]), settings.recipe.plan
-            check_engine(plan["engine"], low_rank=lora_vectors is vectors)
+            check_engine(launch_of(training, plan["engine"]).engine, low_rank=lora_vectors is vectors)
             with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
                 if lora_vectors is vectors:
                     composer = LowRankComposer(model, given, settings.arms.low_rank_mode)

@@ -47,7 +47,7 @@ from steerbook.trainers.atlas.image_stages import (
 from steerbook.trainers.atlas.images import AtlasImageConfig
 from steerbook.trainers.atlas.stages import changed
 from steerbook.trainers.atlas.zero_shot import ZeroShot
-from steerbook.trainers.dry_run import show_memory
+from steerbook.trainers.dry_run import launch_of, show_memory
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_clip import TinyClipConfig, tiny_clip
 
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
         data = [images.build(images.of_seed(settings.data, seed)) for seed in seeds]
         counts = {split: len(rows) for split, rows in data[0].items()}
         if settings.recipe.dry_run:
-            check_engine(settings.recipe.dry_engine, low_rank=False)
+            check_engine(launch_of(training, settings.recipe.dry_engine).engine, low_rank=False)
             clip, zero_shot = load(settings, data[0], seeds[0])
             vectors = load_vectors(settings, data[0], clip, zero_shot, seeds[0], lambda text: None)
             print(", ".join(f"{split} {count}" for split, count in counts.items()))

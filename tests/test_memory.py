@@ -346,10 +346,10 @@ def test_composing_under_engines():
     assert found("ddp").kinds["gradients"] == 4 * V * H  # one at a time
     assert found("fsdp2").kinds["resident: task vectors"] == 1000
     for engine, low_rank in (("zero3", False), ("zero2", True), ("fsdp2", True)):
-        with pytest.raises(ValueError, match=f"--dry_engine {engine}"):
+        with pytest.raises(ValueError, match=f"engine {engine}: "):
             check_engine(engine, low_rank)
     check_engine("fsdp2", low_rank=False)
-    check_engine(None, low_rank=True)
+    check_engine("ddp", low_rank=True)
 
 
 def test_the_launch_is_recognised(monkeypatch):
@@ -372,9 +372,6 @@ def test_the_launch_is_recognised(monkeypatch):
     assert launch_of(args(DistributedType.FSDP, world=2)).engine == "fsdp2"
     with pytest.raises(ValueError, match="stage 1: name the nearest with --dry_engine"):
         launch_of(zero(1))
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    with pytest.raises(ValueError, match="--dry_processes 4: say how they share the work"):
-        launch_of(args(), processes=4)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +380,8 @@ def test_the_launch_is_recognised(monkeypatch):
         ({"dry_engine": "zero3"}, "--dry_engine zero3 is for --dry_run"),
         ({"dry_processes": 8}, "--dry_processes 8 is for --dry_run"),
         ({"dry_memory": 80.0}, "--dry_memory 80.0 is for --dry_run"),
+        ({"dry_run": True, "dry_processes": 8}, "--dry_processes 8: say how they share the work: --dry_engine"),
+        ({"dry_run": True, "dry_processes": 2, "dry_engine": "none"}, "--dry_processes 2: say how"),
         ({"dry_run": True, "dry_processes": 0}, "--dry_processes 0: at least 1"),
         ({"dry_run": True, "dry_memory": 0.0}, "--dry_memory 0.0: GiB above 0"),
     ],

@@ -89,7 +89,7 @@ def show_memory(
         memory: GiB of a process; default: the accelerator's.
 
     Raises:
-        ValueError: processes without an engine, or a launch that is not known.
+        ValueError: an engine that is not known.
     """
     launch = launch_of(args, engine, processes, planned=memory is not None)
     sizes = model_sizes(model, tokens, launch, padded=padded)
@@ -124,12 +124,13 @@ def launch_of(
 ) -> Launch:
     """How the run is launched, or planned to be: then for accelerators, whatever this machine has."""
     planned = planned or engine is not None or processes is not None
-    engine = engine or _engine(args)
-    processes = processes or args.world_size
-    if processes > 1 and engine == "none":
-        raise ValueError(f"--dry_processes {processes}: say how they share the work, as in --dry_engine ddp")
-    return Launch(engine, processes, bool(args.bf16 or args.fp16), bool(args.gradient_checkpointing),
-                  planned or args.device.type != "cpu")  # fmt: skip
+    return Launch(
+        engine or _engine(args),
+        processes or args.world_size,
+        half=bool(args.bf16 or args.fp16),
+        checkpointing=bool(args.gradient_checkpointing),
+        accelerator=planned or args.device.type != "cpu",
+    )
 
 
 def _engine(args: TrainingArguments) -> Engine:

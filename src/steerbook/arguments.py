@@ -23,7 +23,8 @@ class RecipeArguments:
         default=None, metadata={"help": "With --dry_run: the engine to plan for; unset: that of this launch."}
     )
     dry_processes: int | None = field(
-        default=None, metadata={"help": "With --dry_run: how many processes to plan for; unset: those of this launch."}
+        default=None,
+        metadata={"help": "With --dry_engine: how many processes to plan for; unset: those of this launch."},
     )
     dry_memory: float | None = field(
         default=None,
@@ -39,6 +40,10 @@ class RecipeArguments:
                 raise ValueError(f"--{name} {getattr(self, name)} is for --dry_run, which trains nothing: give both")
         if self.dry_processes is not None and self.dry_processes < 1:
             raise ValueError(f"--dry_processes {self.dry_processes}: at least 1")
+        if (self.dry_processes or 1) > 1 and self.dry_engine in (None, "none"):
+            raise ValueError(
+                f"--dry_processes {self.dry_processes}: say how they share the work: --dry_engine ddp, ..."
+            )
         if self.dry_memory is not None and not 0 < self.dry_memory < float("inf"):
             raise ValueError(f"--dry_memory {self.dry_memory}: GiB above 0")
 

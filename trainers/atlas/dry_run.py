@@ -58,15 +58,15 @@ def low_rank_composing(composer: LowRankComposer) -> Composing:
     return Composing(tuple(composer.coefficients.shape), memory, beside)
 
 
-def check_engine(engine: Engine | None, low_rank: bool) -> None:
+def check_engine(engine: Engine, low_rank: bool) -> None:
     """ValueError for an engine that aTLAS does not run under."""
-    if engine is not None and engine.startswith("zero"):
+    if engine.startswith("zero"):
         raise ValueError(
-            f"--dry_engine {engine}: aTLAS contracts each weight's gradient during the backward pass, which DeepSpeed "
-            "keeps to itself; use ddp or fsdp2"
+            f"engine {engine}: aTLAS contracts each weight's gradient during the backward pass, which DeepSpeed keeps "
+            "to itself; use ddp or fsdp2"
         )
     if engine == "fsdp2" and low_rank:
-        raise ValueError(f"--dry_engine {engine}: LoRA vectors are composed with one process or under ddp")
+        raise ValueError(f"engine {engine}: LoRA vectors are composed in one process or under ddp")
 
 
 def composition_bytes(sizes: Sequence[Size], n: int, streams: bool) -> dict[str, int]:
