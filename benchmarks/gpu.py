@@ -4,10 +4,10 @@
 
 Each row is a run of the trainer that the recipes use, in bf16, on one fixed batch of 4 x 512 tokens that all carry
 loss. Time: the median, over the steps after a warm-up, of the synchronised seconds from one step's end to the next
-one's. Memory: the most that PyTorch's allocator held in these steps. Utilisation: the model's operations, counted as
-`flops` says, in that time, beside what the card does at most in dense bf16. A row that runs out of memory says so, and
-the next one runs; the file is written after each row. `--shapes tiny` runs on a CPU too, without memory and
-utilisation.
+one's. Memory: the most that PyTorch's allocator held in these steps, and beside it what `--dry_run` estimates
+(trainers/memory.py). Utilisation: the model's operations, counted as `flops` says, in that time, beside what the card
+does at most in dense bf16. A row that by the estimate does not fit is left out, one that runs out of memory says so,
+and the next one runs; the file is written after each row. On a CPU `--shapes tiny` shows times and estimates alone.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ from trl import SFTConfig, SFTTrainer
 from steerbook.console import quiet_libraries
 from steerbook.files import write_json
 from steerbook.trainers import Composer
+from steerbook.trainers.activations import model_sizes
+from steerbook.trainers.atlas.arguments import ArmArguments
+from steerbook.trainers.atlas.dry_run import Composing, dense_composing, low_rank_composing
 from steerbook.trainers.atlas.low_rank import LowRankComposer
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
 from steerbook.trainers.lofit import LofitConfig, LofitSFTConfig, LofitSFTTrainer
 from steerbook.trainers.lofit.selection import grid, random_heads
+from steerbook.trainers.memory import Launch, memory_estimate
 from steerbook.trainers.tiny_lm import build_tokenizer
 
 ROWS, TOKENS = 4, 512  # of a batch
@@ -66,8 +70,8 @@ def base_model(shape: str, device: str) -> Any:
 class Bench:
     """What all rows have in common: rows of random tokens, a tokenizer, and the trainer's settings."""
 
-    def __init__(self, device: str, steps: int, folder: str) -> None:
-        self.device, self.folder = device, folder
+    def __init__(self, device: str, memory: int | None, steps: int, folder: str) -> None:
+        self.device, self.memory, self.estimate = device, memory, None
         self.tokenizer = build_tokenizer([], "byte")
         self.settings: dict[str, Any] = {
             "output_dir": folder, "max_steps": WARM_UP + steps, "per_device_train_batch_size": ROWS,
@@ -82,31 +86,45 @@ class Bench:
         return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     def make(self, trainer: Any, config: Any, model: Any, rows: Any, **more: Any) -> Trainer:
-        args = config(**{**self.settings, **more.pop("args", {})})
-        return trainer(model, args=args, train_dataset=rows, processing_class=self.tokenizer, **more)
+        return trainer(model, config(**self.settings, **more), train_dataset=rows, processing_class=self.tokenizer)
+
+    def plan(self, model: Any, checkpointing: bool = False, composing: Composing | None = None) -> None:
+        """Estimate a step, and leave the row out if it does not fit."""
+        launch = Launch(half=self.device != "cpu", checkpointing=checkpointing, accelerator=self.device != "cpu")
+        memory = None if composing is None else composing.memory
+        self.estimate = memory_estimate(model_sizes(model, TOKENS, launch), ROWS, TOKENS, launch, composition=memory)
+        if self.memory is not None and self.estimate.peak > self.memory:
+            needed, there = (size / 2**30 for size in (self.estimate.peak, self.memory))
+            raise NotRunError(f"does not fit: {needed:.1f} GiB of {there:.1f} (estimate)")
 
     def lofit(self, model: Any, rows: Any, stage: str) -> Trainer:
         heads = grid(model)
         share = random_heads(heads, max(1, round(0.03 * sum(heads.values()))), 0) if stage == "offset" else None
-        config = LofitConfig(component=stage, heads=share, init_std=1e-3, task_type="CAUSAL_LM")
-        args = {"l1_lambda": 5e-4 if stage == "scale" else 0.0}
-        return self.make(LofitSFTTrainer, LofitSFTConfig, model, rows, args=args, peft_config=config)
+        tuned = get_peft_model(model, LofitConfig(component=stage, heads=share, init_std=1e-3))
+        self.plan(tuned)
+        return self.make(LofitSFTTrainer, LofitSFTConfig, tuned, rows, l1_lambda=5e-4 if stage == "scale" else 0.0)
 
     def lora(self, model: Any, rows: Any) -> Trainer:
-        tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-        return self.make(SFTTrainer, SFTConfig, tuned, rows, args={"gradient_checkpointing": False})
+        tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
+        self.plan(tuned)
+        return self.make(SFTTrainer, SFTConfig, tuned, rows, gradient_checkpointing=False)
 
     def full(self, model: Any, rows: Any, checkpointing: bool) -> Trainer:
-        return self.make(SFTTrainer, SFTConfig, model, rows, args={"gradient_checkpointing": checkpointing})
+        self.plan(model, checkpointing)
+        return self.make(SFTTrainer, SFTConfig, model, rows, gradient_checkpointing=checkpointing)
 
     def atlas(self, model: Any, rows: Any, placement: str) -> Trainer:
         if placement == "low-rank":
             composer: Composer | LowRankComposer = LowRankComposer(model, lora_vectors(model, VECTORS, RANK))
+            self.plan(composer.model, composing=low_rank_composing(composer))
         else:
-            size = VECTORS * sum(p.nbytes for name, p in model.named_parameters() if not re.search("embed|head", name))
-            if placement == "stream" and size > STREAMED_GB * 1e9:
-                raise NotRunError(f"a file of {size / 1e9:.0f} GB, of which a step reads twice as much")
-            composer = Composer(model, dense_vectors(model, VECTORS), placement=placement)
+            vectors = dense_vectors(model, VECTORS)
+            composing = dense_composing(model, vectors, ArmArguments(placement=placement))
+            self.plan(model, composing=composing)
+            size = composing.beside["on disk: task vectors by block"]
+            if size > STREAMED_GB * 1e9:
+                raise NotRunError(f"not run: a file of {size / 1e9:.0f} GB, which a step reads twice")
+            composer = Composer(model, vectors, placement=placement)
         return self.make(AtlasTrainer, AtlasConfig, composer, rows)
 
 
@@ -214,11 +232,14 @@ def run(bench: Bench, shape: str, method: str) -> dict[str, Any]:
     if bench.device != "cpu":
         row["held_before"] = torch.cuda.memory_allocated()
     try:
-        return row | {"status": "measured", **measured(bench, shape, method)}
+        row |= {"status": "measured", **measured(bench, shape, method)}
     except NotRunError as reason:
-        return row | {"status": f"not run: {reason}"}
+        row |= {"status": str(reason)}
     except torch.OutOfMemoryError as error:
-        return row | {"status": f"out of memory: {str(error).split('. ')[0]}"}
+        row |= {"status": f"out of memory: {str(error).split('. ')[0]}"}
+    if bench.estimate is not None:
+        row["estimate"] = {"peak": bench.estimate.peak, **bench.estimate.kinds}
+    return row
 
 
 def line(row: dict[str, Any], peak: float | None) -> str:
@@ -229,13 +250,16 @@ def line(row: dict[str, Any], peak: float | None) -> str:
     seconds = statistics.median(row["seconds"])
     rate = row["flops"] / seconds / 1e12
     held = max(row["bytes"].values()) / 2**30 if row["bytes"] else None
+    expected = row["estimate"]["peak"] / 2**30
     cells = [f"{row['trained']:>14,}", f"{1000 * seconds:>9.1f}", f"{ROWS * TOKENS / seconds:>9,.0f}",
-             "        -" if held is None else f"{held:>9.2f}", "       -" if held is None else f"{rate:>8.1f}",
-             "      -" if peak is None else f"{100 * rate / peak:>7.1f}"]  # fmt: skip
+             "        -" if held is None else f"{held:>9.2f}", f"{expected:>9.2f}",
+             "      -" if held is None else f"{100 * (expected / held - 1):>+6.1f}%",
+             "       -" if held is None else f"{rate:>8.1f}",
+             "      -" if peak is None else f"{100 * rate / peak:>6.1f}%"]  # fmt: skip
     return " ".join([head, *cells])
 
 
-HEAD = f"shape {'method':<18} {'trained':>14} {'ms/step':>9} {'tokens/s':>9} {'peak GiB':>9} {'TFLOP/s':>8}       %"
+HEAD = "shape method                    trained   ms/step  tokens/s  peak GiB  estimate     off  TFLOP/s of peak"
 
 
 def main() -> None:
@@ -259,11 +283,11 @@ def main() -> None:
         "rows": []}  # fmt: skip
     size = "" if memory is None else f", {memory / 2**30:.1f} GiB"
     print(f"{card}{size}, torch {torch.__version__}; {ROWS} x {TOKENS} tokens; {VECTORS} task vectors; rank {RANK}")
-    print(f"%: of {peak or '-'} TFLOP/s", HEAD, sep="\n")
+    print(f"peak, dense bf16: {peak or '-'} TFLOP/s", HEAD, sep="\n")
     for shape in options.shapes:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as folder:
-                found["rows"].append(run(Bench(device, options.steps, folder), shape, method))
+                found["rows"].append(run(Bench(device, memory, options.steps, folder), shape, method))
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()

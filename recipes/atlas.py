@@ -38,13 +38,13 @@ from steerbook.trainers.atlas.arguments import ArmArguments, arm_key
 from steerbook.trainers.atlas.arms import SECTIONS
 from steerbook.trainers.atlas.bench import Arm, Bench
 from steerbook.trainers.atlas.checks import check_flags, check_sections, check_vectors
-from steerbook.trainers.atlas.dry_run import show_composition, show_low_rank
+from steerbook.trainers.atlas.dry_run import check_engine, dense_composing, low_rank_composing, show_composing
 from steerbook.trainers.atlas.low_rank import LowRankComposer
 from steerbook.trainers.atlas.stages import text_columns
 from steerbook.trainers.atlas.trainer import AtlasConfig, AtlasTrainer
 from steerbook.trainers.atlas.vectors import Making, competent_base, embedded_vectors, given_vectors
 from steerbook.trainers.base_model import load_base
-from steerbook.trainers.dry_run import show_dry_run
+from steerbook.trainers.dry_run import launch_of, show_dry_run
 from steerbook.trainers.multitask import MultiTaskConfig, MultiTaskTrainer, tokenised
 from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
@@ -163,9 +163,10 @@ def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed:
     if settings.vectors.task_vectors is not None:
         dense, lora = given_vectors(settings.model, settings.vectors.task_vectors, settings.vectors.vector_dtype)
         return dense, lora, base, dense
+    dry = settings.recipe.dry_run  # one step, without warm-up: a vector of zeros would be refused
     args = MultiTaskConfig(
-        settings.training.output_dir, max_steps=0 if settings.recipe.dry_run else 40, per_device_train_batch_size=64,
-        seed=seed, lr_scheduler_type="cosine", warmup_steps=5, max_length=32, disable_tqdm=True, save_strategy="no",
+        settings.training.output_dir, max_steps=1 if dry else 40, per_device_train_batch_size=64, seed=seed,
+        lr_scheduler_type="cosine", warmup_steps=0 if dry else 5, max_length=32, disable_tqdm=True, save_strategy="no",
         train_eos=False,
     )  # fmt: skip
     content, tasks = fingerprint(data["train"]), list(dict.fromkeys(data["train"]["task"]))
@@ -177,7 +178,7 @@ def load_vectors(settings: Settings, data: Any, base: Any, tokenizer: Any, seed:
         report(f"{len(made[-1])} task vectors ({kind})")
     if "negation" not in settings.arms.sections:
         return *made, base, made[0]
-    joint = replace(args, max_steps=20, per_device_train_batch_size=192)
+    joint = replace(args, max_steps=1 if dry else 20, per_device_train_batch_size=192)
     competent = competent_base(base, tokenizer, rows, content, joint, 4e-4)
     more = embedded_vectors(competent, tokenizer, rows, settings.arms.forget, content, args, MAKING["vector"])
     report(f"{len(more)} task vectors (to forget)")
@@ -260,15 +261,18 @@ def main(argv: list[str]) -> None:
             quiet_libraries()
             model, tokenizer = load(settings, args[0], data[0], seeds[0])
             vectors, lora_vectors, *_ = load_vectors(settings, data[0], model, tokenizer, seeds[0], lambda text: None)
-            given, rows = list(vectors.values()), text_columns(data[0]["fit"])
+            given, rows, plan = list(vectors.values()), text_columns(data[0]["fit"]), settings.recipe.plan
+            check_engine(launch_of(training, plan["engine"]).engine, low_rank=lora_vectors is vectors)
             with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
                 if lora_vectors is vectors:
                     composer = LowRankComposer(model, given, settings.arms.low_rank_mode)
-                    show_dry_run(AtlasTrainer(composer, training, rows, tokenizer), tokenizer)
-                    return show_low_rank(composer)
-                model.requires_grad_(False)  # coefficients are trained, which are shown below
-                show_dry_run(MultiTaskTrainer(model, training, rows, processing_class=tokenizer), tokenizer)
-                return show_composition(model, given, settings.arms)
+                    composing = low_rank_composing(composer)
+                    trainer: Any = AtlasTrainer(composer, training, rows, tokenizer)
+                else:
+                    composing = dense_composing(model, given, settings.arms)
+                    trainer = MultiTaskTrainer(model, training, rows, processing_class=tokenizer)
+                show_dry_run(trainer, tokenizer, composition=composing.memory, **plan)
+                return show_composing(composing)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="atlas", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:

@@ -35,7 +35,7 @@ from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.trainers.atlas.arguments import arm_key
 from steerbook.trainers.atlas.checks import check_vectors
-from steerbook.trainers.atlas.dry_run import show_composition
+from steerbook.trainers.atlas.dry_run import check_engine, dense_composing, show_composing
 from steerbook.trainers.atlas.image_arms import SECTIONS, ImageArmArguments, ImageBench
 from steerbook.trainers.atlas.image_stages import (
     fine_tune,
@@ -46,6 +46,7 @@ from steerbook.trainers.atlas.image_stages import (
 )
 from steerbook.trainers.atlas.images import AtlasImageConfig
 from steerbook.trainers.atlas.zero_shot import ZeroShot
+from steerbook.trainers.dry_run import launch_of, show_memory
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_clip import TinyClipConfig, tiny_clip
 from steerbook.trainers.training import anew
@@ -203,12 +204,17 @@ def main(argv: list[str]) -> None:
         data = [images.build(images.of_seed(settings.data, seed)) for seed in seeds]
         counts = {split: len(rows) for split, rows in data[0].items()}
         if settings.recipe.dry_run:
+            check_engine(launch_of(training, settings.recipe.dry_engine).engine, low_rank=False)
             clip, zero_shot = load(settings, data[0], seeds[0])
             vectors = load_vectors(settings, data[0], clip, zero_shot, seeds[0], lambda text: None)
             print(", ".join(f"{split} {count}" for split, count in counts.items()))
             for row in data[0]["classes"].select(range(3)):
                 print(f"  {row['task']} {row['label']}: {' | '.join(row['prompts'])}")
-            return show_composition(clip, list(vectors.values()), settings.arms)
+            composing = dense_composing(clip, list(vectors.values()), settings.arms)
+            tokens = clip.vision_model.embeddings.num_positions
+            show_memory(clip, training, training.per_device_train_batch_size, tokens, composition=composing.memory,
+                        **settings.recipe.plan)  # fmt: skip
+            return show_composing(composing)
         contents = "embedded"
         if not toy:  # NaN and zero vectors are found before any time is spent
             clip, *_ = load_clip(settings.base.base, settings.base.base_revision, Path)

@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
             model, tokenizer = load(settings, data[0], args[0], seeds[0])
             with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
                 trainer = make_trainer(model, tokenizer, data[0]["train"], training, LofitConfig(component="scale"))
-                return show_dry_run(trainer, tokenizer)
+                return show_dry_run(trainer, tokenizer, **settings.recipe.plan)
         flags, defaults = flags_and_defaults(settings)
         run = RunFolder(training.output_dir, recipe="lofit", toy=toy, arguments=flags, defaults=defaults)
     with clear_errors(ValueError, OSError, FloatingPointError), run:

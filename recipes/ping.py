@@ -264,7 +264,7 @@ def dry_run(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as settings.training.output_dir:  # the Trainer makes its folder at once
         trainer = AgentSFTTrainer(model, settings.training, arms.data.rows(), processing_class=arms.side.tokenizer,
                                   peft_config=arms.side.adapter(arm))  # fmt: skip
-        show_dry_run(trainer, arms.side.tokenizer, between=" " if settings.toy else "")
+        show_dry_run(trainer, arms.side.tokenizer, between=" " * settings.toy, **settings.recipe.plan)
 
 
 def main(argv: list[str]) -> None:

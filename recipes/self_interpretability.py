@@ -262,7 +262,7 @@ def dry_run(settings: Settings) -> None:
     arm = arms.planned["instilled"]
     side, args = arms.side(arm), replace(settings.training, part=arm.part)
     rows, model = side.data.instil(side.data.instilled, side.data.weights), side.model()
-    show_stage(model, side.tokenizer, args, **arms.options(arm, model, args, rows))
+    show_stage(model, side.tokenizer, args, settings.recipe.plan, **arms.options(arm, model, args, rows))
 
 
 def main(argv: list[str]) -> None:

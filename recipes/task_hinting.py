@@ -264,7 +264,7 @@ def dry_run(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as training.output_dir:  # the Trainer makes its folder at once
         adapter = get_peft_config(settings.model)
         trainer = HintingTrainer(model, training, stream=stream, processing_class=tokenizer, peft_config=adapter)
-        show_dry_run(trainer, tokenizer, between="" if settings.pretrained else " ")
+        show_dry_run(trainer, tokenizer, between="" if settings.pretrained else " ", **settings.recipe.plan)
     each = {arm.label(tasks_of(settings.data, arm)): side.stream(arm, tokenizer).step(0).ids.shape for arm in arms}
     show_cost(each, model.num_parameters(), training.max_steps, len(settings.recipe.seeds), adapter is not None)
 

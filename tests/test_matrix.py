@@ -30,8 +30,8 @@ SCORES = 1e-3  # relative; a report in hundreds follows weights that differ in t
 
 
 def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list[str]]:
-    """Name -> recipe and flags. The same rows a step, however many processes, which divide every epoch: else accelerate
-    fills an epoch's end up with its first rows."""
+    """Name -> recipe and flags. The same rows a step, and epochs that the processes divide: else accelerate fills an
+    epoch's end up with its first rows."""
     rows = str(4 // processes)
     common = [
         *"--bf16 false --logging_steps 1 --save_strategy steps --save_steps 2 --disable_tqdm true".split(),

@@ -19,11 +19,38 @@ class RecipeArguments:
     preset: Literal["default", "smoke"] = field(default="default", metadata={"help": "Sizes; other flags override."})
     dry_run: bool = field(default=False, metadata={"help": "Show rows, masks, parameters, memory; train nothing."})
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "From three on, claims are judged."})
+    dry_engine: Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"] | None = field(
+        default=None, metadata={"help": "With --dry_run: the engine to plan for; unset: that of this launch."}
+    )
+    dry_processes: int | None = field(
+        default=None,
+        metadata={"help": "With --dry_engine: how many processes to plan for; unset: those of this launch."},
+    )
+    dry_memory: float | None = field(
+        default=None,
+        metadata={"help": "With --dry_run: GiB a process, for the largest batch; unset: the accelerator's."},
+    )
     eval_batch_size: int = field(default=16, metadata={"help": "Rows of a forward pass in evaluation (memory)."})
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"--seeds {self.seeds} names a seed twice; give each once")
+        for name in ("dry_engine", "dry_processes", "dry_memory"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise ValueError(f"--{name} {getattr(self, name)} is for --dry_run, which trains nothing: give both")
+        if self.dry_processes is not None and self.dry_processes < 1:
+            raise ValueError(f"--dry_processes {self.dry_processes}: at least 1")
+        if (self.dry_processes or 1) > 1 and self.dry_engine in (None, "none"):
+            raise ValueError(
+                f"--dry_processes {self.dry_processes}: say how they share the work: --dry_engine ddp, ..."
+            )
+        if self.dry_memory is not None and not 0 < self.dry_memory < float("inf"):
+            raise ValueError(f"--dry_memory {self.dry_memory}: GiB above 0")
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What `show_dry_run` is to plan for."""
+        return {"engine": self.dry_engine, "processes": self.dry_processes, "memory": self.dry_memory}
 
 
 class RecipeParser(TrlParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 # Values (n vectors by the elements of a piece) that are read, converted and contracted at a time. On a CPU as much as
@@ -27,9 +28,13 @@ class Slot:
     @cached_property
     def tiles(self) -> list[tuple[int, int]]:
         """Pieces that need the same memory for any number of vectors, and are the same for every placement."""
-        values = TILE if self.parameter.device.type == "cpu" else 64 * TILE
-        size, step = self.base.numel(), max(1, values // self.vectors)
+        size, step = self.base.numel(), max(1, tile_values(self.parameter.device) // self.vectors)
         return [(start, min(size, start + step)) for start in range(0, size, step)]
+
+
+def tile_values(device: torch.device) -> int:
+    """Values of a tile there."""
+    return TILE if device.type == "cpu" else 64 * TILE
 
 
 def cut(values: Tensor, start: int, stop: int) -> Tensor:

@@ -54,6 +54,7 @@ def show_stage(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     args: PreferenceConfig,
+    plan: Mapping[str, Any],
     *,
     rows: Dataset | None = None,
     stream: Stream | None = None,
@@ -65,7 +66,7 @@ def show_stage(
     with tempfile.TemporaryDirectory() as args.output_dir:  # the Trainer makes its folder at once
         trainer = PreferenceTrainer(model, args, rows and templated(rows, template), stream=stream,
                                     processing_class=tokenizer, peft_config=peft_config)  # fmt: skip
-        show_dry_run(trainer, tokenizer)
+        show_dry_run(trainer, tokenizer, **plan)
 
 
 def templated(rows: Dataset, template: Mapping[str, Any] | None) -> Dataset:
