@@ -368,6 +368,7 @@ def test_the_launch_is_recognised(monkeypatch):
     assert launch_of(zero(2)).engine == "zero2" and launch_of(zero(3)).engine == "zero3"
     assert launch_of(zero(3, **offload)) == Launch("zero3_offload", 8, True, True, accelerator=False)
     assert launch_of(args(), "fsdp2", 16) == Launch("fsdp2", 16, True, True)  # planned for accelerators
+    assert launch_of(args(DistributedType.MULTI_GPU, world=8), "none").processes == 1
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert launch_of(args(DistributedType.FSDP, world=2)).engine == "fsdp2"
     with pytest.raises(ValueError, match="stage 1: name the nearest with --dry_engine"):

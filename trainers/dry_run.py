@@ -126,7 +126,7 @@ def launch_of(
     planned = planned or engine is not None or processes is not None
     return Launch(
         engine or _engine(args),
-        processes or args.world_size,
+        processes or (1 if engine == "none" else args.world_size),
         half=bool(args.bf16 or args.fp16),
         checkpointing=bool(args.gradient_checkpointing),
         accelerator=planned or args.device.type != "cpu",
