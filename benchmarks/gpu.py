@@ -215,6 +215,8 @@ def measured(bench: Bench, shape: str, method: str) -> dict[str, Any]:
     made = time.perf_counter() - start
     trainer.train()
     trainer.accelerator.free_memory()
+    if composer is not None:
+        composer.remove()  # its hooks lie in autograd, where Python's garbage collector does not look
     return {
         "trained": sum(p.numel() for p in trained),
         "flops": flops(trainer.model, ROWS * TOKENS),
@@ -249,7 +251,7 @@ def line(row: dict[str, Any], peak: float | None) -> str:
         return f"{head} {row['status']}"
     seconds = statistics.median(row["seconds"])
     rate = row["flops"] / seconds / 1e12
-    held = max(row["bytes"].values()) / 2**30 if row["bytes"] else None
+    held = (max(row["bytes"].values()) - row["held_before"]) / 2**30 if row["bytes"] else None
     expected = row["estimate"]["peak"] / 2**30
     cells = [f"{row['trained']:>14,}", f"{1000 * seconds:>9.1f}", f"{ROWS * TOKENS / seconds:>9,.0f}",
              "        -" if held is None else f"{held:>9.2f}", f"{expected:>9.2f}",

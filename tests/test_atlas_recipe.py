@@ -553,7 +553,7 @@ def test_dense_vectors_on_a_quantised_base(error, flags):
 
 def test_fsdp_is_refused(error, flags, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "DeepSpeed and FSDP" in error(*flags)
+    assert "FSDP cuts the model" in error(*flags)
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -242,20 +243,29 @@ def test_runs_two_steps_on_a_tiny_model(recipe, tiny_models, name, tmp_path, mon
 
 
 KINDS = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED",
-         "zero3_offload": "DEEPSPEED"}  # fmt: skip
+         "zero3_offload": "DEEPSPEED", "multi_node": "MULTI_GPU"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_accelerate_config(name):
     config = load_config_from_file(str(ACCELERATE[name]))  # an unknown key is an error
     assert config.distributed_type.value == KINDS[name]
-    assert config.num_processes == (1 if name == "cpu" else 8)
+    assert config.num_processes == {"cpu": 1, "multi_node": 16}.get(name, 8)
     assert config.use_cpu == (name == "cpu")
     assert config.mixed_precision == "no"  # the recipe's --bf16 decides
     assert config.fsdp_config.get("fsdp_version") == (2 if name == "fsdp2" else None)
     assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(name)
     command = ACCELERATE[name].read_text().splitlines()[1]
     assert command.startswith(f"#   accelerate launch --config_file accelerate_configs/{name}.yaml ")
+
+
+def test_several_machines_differ_from_one_in_three_lines():
+    one, several = (yaml.safe_load(ACCELERATE[name].read_text()) for name in ("ddp", "multi_node"))
+    assert one.keys() == several.keys()
+    assert {key for key in one if one[key] != several[key]} == {"num_machines", "num_processes", "rdzv_backend"}
+    script = (ROOT / "accelerate_configs" / "multi_node.slurm").read_text()
+    assert "accelerate_configs/multi_node.yaml" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
 def test_accelerate_configs_are_all_tested():

@@ -58,3 +58,13 @@ def checkpoint_problem(folder: Path, step: int) -> str | None:
         if not zipfile.is_zipfile(file):  # torch's format; a zip's directory is its last part
             return f"{file.name} is cut short"
     return None
+
+
+def check_processes(folder: Path, processes: int, engine: str) -> None:
+    """ValueError for a checkpoint that `engine` has cut over another number of processes."""
+    wrote = len(list(folder.glob("rng_state*.pth")))  # one of each process
+    if wrote != processes:
+        raise ValueError(
+            f"{folder} was written by {wrote} process{'es' * (wrote > 1)}, over which {engine} has cut it, and this "
+            f"job has {processes}: start it with {wrote} (--num_processes), or anew in another --output_dir"
+        )

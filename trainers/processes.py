@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -10,6 +11,7 @@ from torch import distributed
 from ..files import is_main_process
 
 Found = TypeVar("Found")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "steerbook")  # which results depend on
 
 
 def of_main(work: Callable[[], Found]) -> Found:
@@ -27,3 +29,20 @@ def of_main(work: Callable[[], Found]) -> Found:
         raise box[1]
     found: Found = box[0]
     return found
+
+
+def check_versions() -> None:
+    """ValueError where the processes of a job, on several machines, have packages of different versions. All must call
+    it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    mine = {name: version(name) for name in PACKAGES}
+    all_of_them: list[dict[str, str]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(all_of_them, mine)
+    for rank, theirs in enumerate(all_of_them):
+        for name, found in theirs.items():
+            if found != (first := all_of_them[0][name]):
+                raise ValueError(
+                    f"process {rank} has {name} {found}, process 0 has {first}: install the same versions on all "
+                    "machines (constraints.txt)"
+                )

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import is_main_process
-from .processes import of_main
+from .processes import check_versions, of_main
 
 Report = Callable[[str], None]  # what has just been finished; counted by the bar
 Worker = Callable[[list[str], int, Report], None]  # (command line, seed, report)
@@ -40,7 +40,9 @@ def run_seeds(
     Raises:
         What a worker raises, from whichever process (the others are stopped), with its traceback as a note.
         RuntimeError: a process was killed.
+        ValueError: the processes of a job have packages of different versions.
     """
+    check_versions()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not is_main_process()) as bar:
         total = steps * len(seeds) if isinstance(steps, int) else None if steps is None else sum(steps)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..whole import engine
 from .arguments import ArmArguments
 from .sources import vector_digest
 from .task_vector import TaskVector
@@ -23,10 +23,12 @@ def check_flags(training: Any) -> None:
     for flag, way in instead.items():
         if getattr(training, flag) is not None:
             raise ValueError(f"--{flag} has no effect here: {way}")
-    if training.deepspeed_plugin is not None or training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if (by := engine(training)) is not None:
+        why = {"DeepSpeed": "keeps the gradients that coefficients are contracted from to itself",
+               "FSDP": "cuts the model whose composition this recipe measures between its fits"}[by]  # fmt: skip
         raise ValueError(
-            "this recipe measures whole models between its fits, which DeepSpeed and FSDP do not hold together yet: "
-            "launch it with one process or DDP, or train with AtlasTrainer in a script of yours (FSDP2 works there)"
+            f"{by} {why}: launch the recipe with one process or DDP (accelerate_configs/ddp.yaml), or for FSDP2 train "
+            "with AtlasTrainer in a script of yours"
         )
 
 
