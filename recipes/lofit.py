@@ -32,7 +32,7 @@ from steerbook.eval.lofit import evaluate, measure
 from steerbook.eval.lofit.report import read_records, show, write_report
 from steerbook.eval.report import RunFolder
 from steerbook.files import write_json
-from steerbook.trainers.base_model import load_base
+from steerbook.trainers.base_model import check_quantised, load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.fingerprint import model_fingerprint
 from steerbook.trainers.lofit import LofitConfig, LofitDPOConfig, LofitSFTConfig
@@ -88,6 +88,7 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **PRESETS[data.dataset == "myths", recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training, settings.model)
+    check_quantised(settings.model, settings.training, adapter=True)
     return settings
 
 

@@ -36,10 +36,9 @@ from steerbook.eval.task_hinting.figures import AT_TEST
 from steerbook.eval.task_hinting.measure import measure_texts, measure_tokens
 from steerbook.eval.task_hinting.report import read_records, show, write_report
 from steerbook.files import write_json
-from steerbook.trainers.base_model import load_base
+from steerbook.trainers.base_model import check_quantised, load_base
 from steerbook.trainers.dry_run import show_dry_run
 from steerbook.trainers.processes import of_main
-from steerbook.trainers.quantised import check_quantised
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.task_hinting import ScratchConfig, length_softmax, named_tokenizer, scratch_model
 from steerbook.trainers.task_hinting.arms import Arm, ArmArguments, Fit, check_cut, fit

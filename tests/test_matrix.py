@@ -62,6 +62,8 @@ def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list
             "--per_device_train_batch_size", rows, "--model_name_or_path", str(world / "agent"), *common,
         ],
     }  # fmt: skip
+    if engine in ("one", "ddp", "zero2"):  # the others are refused: test_quantised.py
+        found["hinting_4bit"] = [*hinting, "--arms", "hint", *LORA, "--load_in_4bit", "true"]
     if engine in ("one", "ddp"):  # the others are refused: test_atlas_recipe.py
         found["atlas"] = ["atlas", "--base", str(world / "base"), "--task_vectors", f"first={world}/vectors/first",
                           f"second={world}/vectors/second", "--tasks", f"first={world}/first.jsonl",

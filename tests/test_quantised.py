@@ -1,5 +1,6 @@
 """Quantised bases: weights that stay as they were loaded, and adapters beside them, in fp32."""
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,14 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from quantised_models import KINDS, ROWS, arguments, load, logits, randomised, save_base, stored, unchanged
 from safetensors.torch import load_file
 from test_self_interpretability_trainers import StopAt
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from steerbook.trainers import LofitConfig, LofitSFTConfig, LofitSFTTrainer, LowRankComposer
-from steerbook.trainers.base_model import load_base
-from steerbook.trainers.dry_run import memory_estimate
+from steerbook.trainers.base_model import check_quantised, load_base
+from steerbook.trainers.dry_run import show_memory
 from steerbook.trainers.multitask import MultiTaskConfig, MultiTaskTrainer
-from steerbook.trainers.quantised import absorbed, check_joins, check_quantised
+from steerbook.trainers.quantised import absorbed, check_joins
 from steerbook.trainers.stages import run_stage
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -102,19 +103,20 @@ def test_4_bits_need_a_type_to_compute_in(base):
 
 @pytest.mark.parametrize(
     ("more", "stage", "told"),
-    [({}, 0, "give --use_peft"), ({"use_peft": True}, 3, "ZeRO-3 cannot cut a quantised base"),
-     ({"use_peft": True}, 2, None)],
+    [({}, 2, "give --use_peft"), ({"use_peft": True}, 3, "ZeRO-3 and FSDP cannot cut a quantised base"),
+     ({"use_peft": True}, None, "ZeRO-3 and FSDP cannot cut a quantised base"), ({"use_peft": True}, 2, None)],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(kind, more, stage, told):
-    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    args = SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage), fsdp=True)
     with nullcontext() if told is None else pytest.raises(ValueError, match=told):
         check_quantised(ModelConfig(**KINDS[kind], **more), args)
     check_quantised(ModelConfig(), args)
 
 
-def test_parameters_are_counted_before_they_were_packed(base, kind):
+def test_parameters_are_counted_before_they_were_packed(base, kind, tmp_path, capsys):
     plain = AutoModelForCausalLM.from_pretrained(base)
-    assert memory_estimate(load(base, kind), (1, 8))["all parameters"] == plain.num_parameters()
+    show_memory(load(base, kind), TrainingArguments(str(tmp_path), use_cpu=True), 1, 8)
+    assert re.search(r"all parameters +([\d,]+)", capsys.readouterr().out)[1] == f"{plain.num_parameters():,}"
 
 
 # ---- adapters ----

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from trl import ModelConfig, get_quantization_config
 
 from .quantised import is_quantised, keep_4bit
-from .whole import whole_models
+from .whole import engine, whole_models
 
 
 def load_base(
@@ -67,3 +73,17 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     keep_4bit(model)
     return (model if is_quantised(model) else model.to(device)).eval(), tokenizer
+
+
+def check_quantised(config: ModelConfig, args: TrainingArguments, adapter: bool | None = None) -> None:
+    """ValueError for flags that a quantised base does not go with. `adapter`: one is trained (default: as the flags
+    say)."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return
+    if not (config.use_peft if adapter is None else adapter):
+        raise ValueError(
+            "a quantised base cannot be trained itself: give --use_peft, which trains an adapter beside it"
+        )
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if engine(args) == "FSDP" or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError("ZeRO-3 and FSDP cannot cut a quantised base over the processes: take ZeRO-2 or DDP")

@@ -14,7 +14,8 @@ All bytes are of one process. With W bytes of weights, P trained numbers, G byte
 (a) The buckets that are reduced are a second copy. (b) Two moments and a copy of the weights, in fp32. (c) The shares
 of zero3, in the host's memory. (d) The share of the gradients down, G / N; of the weights up, for the forward and for
 the backward pass, 2 W / N. Engines that cut the weights hold the largest part beside that they put together at a time:
-a layer, or embeddings and head. In a bf16 run DeepSpeed makes all weights bf16, FSDP2 the trained ones fp32. What
+a layer, or embeddings and head; under an engine the recipes' whole model waits in the host's memory, another W, and
+is put back to be measured. In a bf16 run DeepSpeed makes all weights bf16, FSDP2 the trained ones fp32. What
 engines hold in buffers of their own, and CUDA outside of PyTorch, is not counted.
 
 The peak is the highest of these moments: the head's forward and backward pass, when all layers' activations are kept;
@@ -150,6 +151,7 @@ def memory_estimate(
     sizes: Sizes, rows: int, tokens: int, launch: Launch, scored: float = 1.0, composition: Composition | None = None
 ) -> Estimate:
     """Bytes of a step on `rows` sequences of `tokens` tokens, of which the share `scored` carries loss."""
+    loaded = sizes.weights.bytes
     layers = tuple(replace(layer, weights=layer.weights.under(launch)) for layer in sizes.layers)
     sizes = replace(sizes, layers=layers, outside=sizes.outside.under(launch))
     total, n = sizes.weights, launch.processes
@@ -164,9 +166,9 @@ def memory_estimate(
     moved = 2 * (n - 1) / n * (4 * composition.coefficients if composition else total.gradients)
     if launch.engine in CUT:
         moved = (n - 1) / n * (2 * total.bytes + total.gradients)
-    host = moved_host = 0.0
+    host, moved_host = float(loaded * cut), 0.0
     if launch.engine == "zero3_offload":
-        host, moved_host = weights + gradients + optimiser, gradients + 2 * weights
+        host, moved_host = host + weights + gradients + optimiser, gradients + 2 * weights
         weights = gradients = optimiser = 0.0
     held = {name: size / (n if cut else 1) for name, size in (composition.held.items() if composition else ())}
     if launch.engine in CUT:

@@ -9,26 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
-from trl import ModelConfig
+from transformers import PreTrainedModel
 
 
 def is_quantised(model: Any) -> bool:
     """Whether a model, or the base of an adapted one, holds quantised weights."""
     return bool(getattr(model, "is_quantized", False))
-
-
-def check_quantised(config: ModelConfig, args: TrainingArguments) -> None:
-    """ValueError for flags that a quantised base does not go with."""
-    if not (config.load_in_4bit or config.load_in_8bit):
-        return
-    if not config.use_peft:
-        raise ValueError(
-            "a quantised base cannot be trained itself: give --use_peft, which trains an adapter beside it"
-        )
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("ZeRO-3 cannot cut a quantised base over the processes: take ZeRO-2 or DDP")
 
 
 def keep_4bit(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from ..files import write_json
 from .fits import Fit, run_fit
 from .processes import of_main
 from .quantised import absorbed
-from .training import own_forward, save_tuned
+from .training import anew, own_forward, save_tuned
 from .whole import joined, to_train, whole_models
 
 FINISHED = "finished.json"
@@ -32,7 +32,7 @@ def run_stage(
     merged: bool = True,
     **data: Any,
 ) -> Fit:
-    """Train the model in place, or an adapter that is then merged into it (`joined` with a quantised one); saved in
+    """Train the model in place, or an adapter that is then merged into it (`absorbed` by a quantised one); saved in
     `folder/model`, an adapter alone.
 
     Args:
@@ -41,9 +41,7 @@ def run_stage(
         merged: False leaves a new adapter beside the model, as whoever loads it has it.
         data: the trainer's data sets or stream.
     """
-    args = replace(
-        args, output_dir=str(folder), seed=seed
-    )  # anew: DeepSpeed's configuration is filled in by a trainer
+    args = anew(args, output_dir=str(folder), seed=seed)
     if (folder / FINISHED).exists():
         done = json.loads((folder / FINISHED).read_text())
         return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])

@@ -8,7 +8,7 @@ from typing import Any
 from trl import ModelConfig
 
 from ...arguments import json_object, refuse
-from ..quantised import check_quantised
+from ..base_model import check_quantised
 from .arms import EMBEDDED, ArmArguments
 from .trainer import AgentSFTConfig
 

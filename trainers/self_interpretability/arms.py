@@ -9,7 +9,7 @@ from typing import Any
 from trl import ModelConfig
 
 from ...arguments import json_object, refuse
-from ..quantised import check_quantised
+from ..base_model import check_quantised
 from .trainer import Part, PreferenceConfig, ReportConfig
 
 LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
