@@ -123,7 +123,7 @@ def parse(argv: list[str]) -> Settings:
     if model.model_name_or_path is None:
         refuse(model, ("load_in_4bit", "load_in_8bit"), "is for a base of your own: give --base")
     check_unused(settings.training, model)
-    check_flags(settings.training)
+    check_flags(settings.training, toy=model.model_name_or_path is None)
     return settings
 
 

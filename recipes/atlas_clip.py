@@ -34,7 +34,7 @@ from steerbook.eval.atlas.summary import Results
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
 from steerbook.trainers.atlas.arguments import arm_key
-from steerbook.trainers.atlas.checks import check_vectors
+from steerbook.trainers.atlas.checks import check_launch, check_vectors
 from steerbook.trainers.atlas.dry_run import check_engine, dense_composing, show_composing
 from steerbook.trainers.atlas.image_arms import SECTIONS, ImageArmArguments, ImageBench
 from steerbook.trainers.atlas.image_stages import (
@@ -113,6 +113,7 @@ def parse(argv: list[str]) -> Settings:
             raise ValueError(f"--{flag} has no effect here: --arms says what is learned, and how")
     if settings.training.seed != 42:
         raise ValueError(f"--seed {settings.training.seed} has no effect; use --seeds {settings.training.seed}")
+    check_launch(settings.training, toy=settings.base.base is None)
     return settings
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from steerbook.data_builders.atlas import AtlasDataArguments, build
 from steerbook.eval.atlas import evaluate
 from steerbook.trainers import Composer, TaskVector
+from steerbook.trainers.atlas.checks import check_launch
 from steerbook.trainers.atlas.coefficients import apply_coefficients, load_coefficients
 from steerbook.trainers.atlas.extract import task_vector
 from steerbook.trainers.tiny_lm import build_tokenizer
@@ -554,6 +556,13 @@ def test_dense_vectors_on_a_quantised_base(error, flags):
 def test_fsdp_is_refused(error, flags, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "FSDP cuts the model" in error(*flags)
+
+
+def test_the_embedded_world_is_for_one_process():
+    both = SimpleNamespace(world_size=2, deepspeed_plugin=None, fsdp=None)
+    check_launch(both, toy=False)
+    with pytest.raises(ValueError, match="2 processes: .* start one, or give --base"):
+        check_launch(both, toy=True)
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero"])

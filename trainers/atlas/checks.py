@@ -14,8 +14,9 @@ from .task_vector import TaskVector
 WHOLE = ("isotropic", "ties", "dare", "joint", "finetune")  # arms that compose or train dense weights
 
 
-def check_flags(training: Any) -> None:
-    """ValueError for flags of the trainer that a recipe sets itself, arm by arm."""
+def check_flags(training: Any, toy: bool) -> None:
+    """ValueError for flags of the trainer that a recipe sets itself, arm by arm, and for launches that it cannot use
+    (`toy`: in an embedded world)."""
     instead = {
         "forget_tasks": "--sections negation --forget TASK forgets one",
         "entropy_below": "the arm adamerging trains on entropies",
@@ -23,6 +24,16 @@ def check_flags(training: Any) -> None:
     for flag, way in instead.items():
         if getattr(training, flag) is not None:
             raise ValueError(f"--{flag} has no effect here: {way}")
+    check_launch(training, toy)
+
+
+def check_launch(training: Any, toy: bool) -> None:
+    """ValueError for several processes in an embedded world, and for an engine."""
+    if toy and training.world_size > 1:
+        raise ValueError(
+            f"{training.world_size} processes: an embedded world makes its task vectors in one process, and runs its "
+            "seeds side by side there; start one, or give --base"
+        )
     if (by := engine(training)) is not None:
         why = {"DeepSpeed": "keeps the gradients that coefficients are contracted from to itself",
                "FSDP": "cuts the model whose composition this recipe measures between its fits"}[by]  # fmt: skip
