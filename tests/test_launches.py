@@ -46,14 +46,15 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     world = make_world(folder / "world")
 
-    def run(name: str, fault: str) -> tuple[int, str]:
+    def run(name: str, fault: str, processes: int = 2) -> tuple[int, str]:
         script = folder / "faulty.py"
         recipe = str(ROOT / "recipes" / "lofit.py")
         begin, end = "import os, runpy, sys\nRANK = int(os.environ['RANK'])\n", f"\nsys.argv[0] = {recipe!r}\n"
         script.write_text(f"{begin}{fault}{end}runpy.run_path(sys.argv[0], run_name='__main__')\n")
         flags = "--arms lofit --k 3 --max_steps 5 --per_device_train_batch_size 2 --save_strategy steps --save_steps 2"
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), "--dataset",
-                   "mquake", "--data_files", str(world / "mquake"), "--model_name_or_path", str(world / "base"),
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script),
+                   "--dataset", "mquake", "--data_files", str(world / "mquake"), "--model_name_or_path",
+                   str(world / "base"),
                    *flags.split(), "--use_cpu", "true", "--output_dir", str(folder / name)]  # fmt: skip
         done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr

@@ -60,11 +60,12 @@ def checkpoint_problem(folder: Path, step: int) -> str | None:
     return None
 
 
-def check_processes(folder: Path, processes: int, engine: str) -> None:
-    """ValueError for a checkpoint that `engine` has cut over another number of processes."""
-    wrote = len(list(folder.glob("rng_state*.pth")))  # one of each process
-    if wrote != processes:
+def check_processes(folder: Path, processes: int) -> None:
+    """ValueError for a checkpoint that another number of processes wrote: batches would have another size, and what
+    DeepSpeed and FSDP have cut would not fit."""
+    wrote = len(list(folder.glob("rng_state*.pth")))  # one of each process; none with --save_only_model
+    if wrote not in (0, processes):
         raise ValueError(
-            f"{folder} was written by {wrote} process{'es' * (wrote > 1)}, over which {engine} has cut it, and this "
-            f"job has {processes}: start it with {wrote} (--num_processes), or anew in another --output_dir"
+            f"{folder} was written by {wrote} process{'es' * (wrote > 1)}, and this job has {processes}: start it "
+            f"with {wrote} (--num_processes), or anew in another --output_dir"
         )

@@ -11,7 +11,6 @@ from transformers import PrinterCallback, Trainer
 
 from .checkpoints import check_processes, newest_complete_checkpoint
 from .processes import of_main
-from .whole import engine
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ def run_fit(trainer: Trainer, folder: Path) -> Fit:
         trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     checkpoint = of_main(lambda: newest_complete_checkpoint(folder))
-    if checkpoint is not None and (by := engine(trainer.args)) is not None:
-        check_processes(checkpoint, trainer.args.world_size, by)
+    if checkpoint is not None:
+        check_processes(checkpoint, trainer.args.world_size)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, log = time.perf_counter() - start, trainer.state.log_history
     if checkpoint is not None:  # they would be those of the last part alone
