@@ -47,6 +47,7 @@ from steerbook.trainers.atlas.image_stages import (
 from steerbook.trainers.atlas.images import AtlasImageConfig
 from steerbook.trainers.atlas.zero_shot import ZeroShot
 from steerbook.trainers.dry_run import launch_of, show_memory
+from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_clip import TinyClipConfig, tiny_clip
 from steerbook.trainers.training import anew
@@ -173,7 +174,7 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
     bench = ImageBench(
         clip, zero_shot, known, vectors, {}, data["fit"], data["dev"], training,
         anew(training, weight_decay=0.05), settings.arms, folder, score,
-        {file.parent.name for file in folder.glob("*/measured.json")}, fit_coefficients, fine_tune,
+        of_main(lambda: {file.parent.name for file in folder.glob("*/measured.json")}), fit_coefficients, fine_tune,
         unlabelled=data["test"], few_shot=partial(images.few_shot, seed=seed),
     )  # fmt: skip
     for key in sorted(bench.done):

@@ -43,6 +43,7 @@ from steerbook.trainers.lofit.stages import make_trainer, other_config
 from steerbook.trainers.processes import of_main
 from steerbook.trainers.seeds import run_seeds
 from steerbook.trainers.tiny_lm import TinyConfig, tiny_lm
+from steerbook.trainers.whole import check_engine
 
 PAPER = {"l1_lambda": 5e-4, "selection_learning_rate": 5e-3, "learning_rate": 1e-2}  # spec: Llama-2-7B, TruthfulQA
 # Chosen on dev questions of worlds 10-14 and 20-24 (RED's on all of 20-22); the worlds reported are 0-2.
@@ -89,6 +90,7 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training, settings.model)
     check_quantised(settings.model, settings.training, adapter=True)
+    check_engine(settings.training, toy=settings.model.model_name_or_path is None)
     return settings
 
 

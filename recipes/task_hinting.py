@@ -49,6 +49,7 @@ from steerbook.trainers.task_hinting.softmax import LengthSoftmax, items
 from steerbook.trainers.task_hinting.text_stream import TextStream, check_positions
 from steerbook.trainers.task_hinting.trainer import HintingConfig, HintingTrainer
 from steerbook.trainers.training import bare
+from steerbook.trainers.whole import check_engine
 
 COMMON = {  # spec 3.1
     "learning_rate": 3e-3, "adam_beta2": 0.98, "weight_decay": 0.0, "lr_scheduler_type": "cosine_with_min_lr",
@@ -120,6 +121,7 @@ def parse(argv: list[str]) -> Settings:
     parser.set_defaults_with_config(output_dir=f"runs/{name}", **presets[recipe.preset])
     settings = Settings(*parser.parse_args_and_config(argv))
     check_unused(settings.training)
+    check_engine(settings.training, toy=settings.model.model_name_or_path is None)
     if settings.training.gradient_cosine and settings.data.mix == "alternate":
         raise ValueError("--gradient_cosine compares tasks of one step, and --mix alternate has one task a step")
     unused, why = (settings.scratch, "is for models from scratch") if settings.pretrained else (

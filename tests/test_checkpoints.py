@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steerbook.trainers.checkpoints import check_processes, checkpoint_problem, newest_complete_checkpoint
+from steerbook.trainers.checkpoints import check_launch, checkpoint_problem, newest_complete_checkpoint
 
 
 def write(folder, step, *, shards=1):
@@ -102,9 +102,15 @@ def test_no_folder_and_an_empty_one(tmp_path):
     assert newest_complete_checkpoint(tmp_path / "never") is None
 
 
-def test_a_checkpoint_of_another_number_of_processes(tmp_path):
+def test_a_checkpoint_of_another_launch(tmp_path):
     for rank in range(2):
         (tmp_path / f"rng_state_{rank}.pth").touch()
-    check_processes(tmp_path, 2)
+    check_launch(tmp_path, 2, "DeepSpeed")
     with pytest.raises(ValueError, match="written by 2 processes, and this job has 4: start it with 2"):
-        check_processes(tmp_path, 4)
+        check_launch(tmp_path, 4, "DeepSpeed")
+    (tmp_path / "global_step3").mkdir()
+    check_launch(tmp_path, 2, "DeepSpeed")
+    with pytest.raises(ValueError, match="written by DeepSpeed, and this job is run by neither"):
+        check_launch(tmp_path, 2, None)
+    with pytest.raises(ValueError, match="written by DeepSpeed, and this job is run by FSDP"):
+        check_launch(tmp_path, 2, "FSDP")

@@ -60,12 +60,20 @@ def checkpoint_problem(folder: Path, step: int) -> str | None:
     return None
 
 
-def check_processes(folder: Path, processes: int) -> None:
-    """ValueError for a checkpoint that another number of processes wrote: batches would have another size, and what
-    DeepSpeed and FSDP have cut would not fit."""
+def check_launch(folder: Path, processes: int, engine: str | None) -> None:
+    """ValueError for a checkpoint of another number of processes, whose batches would have another size, or of another
+    engine, whose optimiser transformers would leave out in silence."""
     wrote = len(list(folder.glob("rng_state*.pth")))  # one of each process; none with --save_only_model
     if wrote not in (0, processes):
         raise ValueError(
             f"{folder} was written by {wrote} process{'es' * (wrote > 1)}, and this job has {processes}: start it "
             f"with {wrote} (--num_processes), or anew in another --output_dir"
+        )
+    kinds = {"DeepSpeed": "global_step*", "FSDP": "optimizer.bin", None: "optimizer.pt"}
+    found = [kind for kind, pattern in kinds.items() if list(folder.glob(pattern))]
+    if found and engine not in found:
+        wrote_it, now = (kind or "neither DeepSpeed nor FSDP" for kind in (found[0], engine))
+        raise ValueError(
+            f"the optimiser in {folder} was written by {wrote_it}, and this job is run by {now}: launch it with the "
+            "same accelerate configuration, or anew in another --output_dir"
         )

@@ -186,7 +186,8 @@ def memory_estimate(
         **held,
     }
     whole = {name: round(value) for name, value in kinds.items()}
-    return Estimate(whole, round(beside + highest), round(moved), round(moved_host), round(host))
+    peak = max(beside + highest, loaded * cut)  # put back, to be measured
+    return Estimate(whole, round(peak), round(moved), round(moved_host), round(host))
 
 
 def _moments(sizes: Sizes, count: int, launch: Launch, scored: float, composed: bool) -> tuple[float, float, float]:

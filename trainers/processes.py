@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -22,13 +23,20 @@ def of_main(work: Callable[[], Found]) -> Found:
     if is_main_process():
         try:
             box[0] = work()
-        except Exception as error:  # raised below, in every process
-            box[1] = error
+        except Exception as error:  # raised in every process, in the others as text if it does not travel
+            box[1] = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
     distributed.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
     found: Found = box[0]
     return found
+
+
+def _travels(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:  # whatever its __init__ or __reduce__ raises
+        return False
 
 
 def check_versions() -> None:

@@ -15,7 +15,7 @@ from .fits import Fit, run_fit
 from .processes import of_main
 from .quantised import absorbed
 from .training import anew, own_forward, save_tuned
-from .whole import joined, to_train, whole_models
+from .whole import to_train, whole_models
 
 FINISHED = "finished.json"
 
@@ -42,15 +42,15 @@ def run_stage(
         data: the trainer's data sets or stream.
     """
     args = anew(args, output_dir=str(folder), seed=seed)
-    if (folder / FINISHED).exists():
+    if of_main((folder / FINISHED).exists):
         done = json.loads((folder / FINISHED).read_text())
         return Fit(_load(model, args, peft_config, merged), done["log"], done["seconds"], done["trained"])
     set_seed(seed)
     trained, whole = to_train(model, args)
     with own_forward(trained):
         trainer = trainer_class(trained, args, processing_class=tokenizer, peft_config=peft_config, **data)
-        found = run_fit(trainer, folder)
-        tuned = joined(trainer, whole, peft_config).eval()
+        found = run_fit(trainer, folder, whole, peft_config)
+        tuned = found.model.eval()
 
     def save() -> None:
         save_tuned(tuned, tokenizer, folder / "model")

@@ -98,7 +98,8 @@ class FiniteTrainer(Trainer):
     """Mixin before a TRL trainer: a non-finite loss or gradient step ends the run with the step and the way out.
 
     The loss is checked after every micro-batch (the Trainer's own NaN filter, which is off here, costs the same), the
-    trained weights before anything is saved, so a checkpoint never holds NaN.
+    trained weights before anything is saved, so a checkpoint never holds NaN (under ZeRO-3, where no process has whole
+    ones, they are checked at the end).
 
     An adapter of a quantised base is trained in fp32: TRL rounds it to bf16, whose steps are 1/256 of a value, and
     then AdamW's updates at usual learning rates are mostly lost.

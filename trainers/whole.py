@@ -41,16 +41,31 @@ def engine(args: TrainingArguments) -> str | None:
     return "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
 
 
+def check_engine(args: TrainingArguments, toy: bool) -> None:
+    """ValueError for an engine in an embedded world (`toy`), and for another FSDP than the second."""
+    if (by := engine(args)) is None:
+        return
+    if toy:
+        raise ValueError(
+            f"{by} is for models that one process does not hold; the embedded world is tiny: start one process, or "
+            "give --model_name_or_path"
+        )
+    if by == "FSDP" and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("FSDP's first version is not supported: launch with accelerate_configs/fsdp2.yaml")
+
+
 def to_train(model: Any, args: TrainingArguments) -> tuple[Any, Any]:
-    """What to give the trainer, and what waits for `joined`: the model and None, or under an engine a copy of it, and
-    the model itself, which waits on the CPU."""
+    """What to give the trainer, and what waits for `joined`: the model and None, or under an engine a copy of it,
+    which the engine brings to its device, and the model itself, which waits on the CPU."""
     if engine(args) is None:
         return model, None
-    return copy.deepcopy(model), model.to("cpu")
+    whole = model.to("cpu")
+    return copy.deepcopy(whole), whole
 
 
 def joined(trainer: Trainer, whole: Any = None, peft_config: PeftConfig | None = None) -> Any:
-    """The trained model (all of its adapter that was trained), whole in every process, on the training's device.
+    """The trained model (all of its adapter that was trained), whole in every process, on the training's device; of
+    `to_train`'s copy the trainer lets go.
 
     All processes must call this.
 
@@ -68,8 +83,10 @@ def joined(trainer: Trainer, whole: Any = None, peft_config: PeftConfig | None =
         whole = get_peft_model(whole, peft_config)
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
-            whole.get_parameter(name).data.copy_(full(parameter, trainer.is_deepspeed_enabled))
+            whole.get_parameter(plain_name(name)).data.copy_(full(parameter, trainer.is_deepspeed_enabled))
     check_finite(whole, trainer.state.global_step)
+    del tuned, parameter
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     return whole.to(trainer.args.device)
 
@@ -82,3 +99,8 @@ def full(parameter: torch.nn.Parameter, by_deepspeed: bool) -> torch.Tensor:
         found: torch.Tensor | None = safe_get_full_fp32_param(parameter)
         return parameter.data if found is None else found
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers (activation checkpointing, torch.compile) put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

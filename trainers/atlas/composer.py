@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..fingerprint import model_fingerprint
+from ..whole import plain_name
 from .blocks import split_blocks
 from .partition import partition_indices
 from .rounding import rounded
-from .shards import local_part, plain_name, shard_bounds
+from .shards import local_part, shard_bounds
 from .slots import Slot, cut
 from .sources import Resident, Stream, align
 from .task_vector import Entry, TaskVector

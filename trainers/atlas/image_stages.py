@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTra
 
 from ..cache import build_once
 from ..fingerprint import model_fingerprint
+from ..processes import of_main
 from ..training import anew
 from .clip_names import from_open_clip, is_open_clip
 from .composer import Composer
@@ -47,7 +48,7 @@ def fit_coefficients(
     if keep is not None:
         args.save_strategy = "no"
     trainer = AtlasImageTrainer(composer, args, rows, zero_shot, None if keep is None else [keep])
-    if (out_dir / FINISHED).exists():
+    if of_main((out_dir / FINISHED).exists):
         trainer._load_from_checkpoint(str(out_dir))
         return Fit(**json.loads((out_dir / FINISHED).read_text()))
     return _run(trainer, out_dir, composer.coefficients.numel())

@@ -8,11 +8,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers (activation checkpointing, torch.compile) put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that may be split; without graph."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from ...files import write_json
 from ..checkpoints import newest_complete_checkpoint
 from ..multitask import MultiTaskConfig, MultiTaskTrainer
+from ..processes import of_main
 from ..training import anew, bare, own_forward
 from .composer import Composer
 from .low_rank import LowRankComposer
@@ -84,7 +85,7 @@ def fit_coefficients(
         args.save_strategy = "no"
     with own_forward(bare(composer.model)):
         trainer = AtlasTrainer(composer, args, text_columns(rows), tokenizer, None if keep is None else [keep])
-        if (out_dir / FINISHED).exists():
+        if of_main((out_dir / FINISHED).exists):
             trainer._load_from_checkpoint(str(out_dir))
             return Fit(**json.loads((out_dir / FINISHED).read_text()))
         return _run(trainer, out_dir, composer.coefficients.numel())
@@ -130,7 +131,7 @@ def _run(trainer: Trainer, out_dir: Path, trained: int, save: bool = True) -> Fi
             trainer.train_dataset.to_list()
         )  # as they are a step costs 8 % less than read from arrow
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+    trainer.train(resume_from_checkpoint=of_main(lambda: newest_complete_checkpoint(out_dir)))
     fit = Fit(trainer.state.log_history, time.perf_counter() - start, trained)
     trainer.model.eval()
     if save:

@@ -16,7 +16,7 @@ from ..fingerprint import model_fingerprint
 from ..fits import Fit, run_fit
 from ..processes import of_main
 from ..training import anew, bare, own_forward, save_tuned
-from ..whole import joined, to_train
+from ..whole import to_train
 from .config import LofitConfig
 from .selection import HeadSelection, learned_scores, top_heads
 from .trainer import LofitDPOConfig, LofitDPOTrainer, LofitSFTConfig, LofitSFTTrainer
@@ -44,7 +44,7 @@ def fit(
     """
     out_dir = Path(out_dir)
     args = anew(args, output_dir=str(out_dir), **changes)
-    if (out_dir / FINISHED).exists() and peft_config is not None:
+    if of_main((out_dir / FINISHED).exists) and peft_config is not None:
         done = json.loads((out_dir / FINISHED).read_text())
         tuned = PeftModel.from_pretrained(model, out_dir)
         return Fit(tuned, done["log"], done["seconds"], done["trained"])
@@ -53,8 +53,7 @@ def fit(
     trained, whole = to_train(model, args)
     with own_forward(bare(trained)):
         trainer = make_trainer(trained, tokenizer, rows, args, peft_config)
-        found = run_fit(trainer, out_dir)
-        found = replace(found, model=joined(trainer, whole, peft_config))
+        found = run_fit(trainer, out_dir, whole, peft_config)
 
     def save() -> None:
         save_tuned(found.model, tokenizer, out_dir)
@@ -114,7 +113,7 @@ def fit_scales(
         ValueError: the `heads.json` found was made on another base or other rows.
     """
     path = Path(out_dir) / "heads.json"
-    if path.exists():
+    if of_main(path.exists):
         found = HeadSelection.load(path)
         found.check_base(model)
         if found.data_fingerprint != data_fingerprint:

@@ -9,6 +9,7 @@ from trl import ModelConfig
 
 from ...arguments import json_object, refuse
 from ..base_model import check_quantised
+from ..whole import check_engine, engine
 from .arms import EMBEDDED, ArmArguments
 from .trainer import AgentSFTConfig
 
@@ -84,6 +85,7 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
           model: ModelConfig) -> None:  # fmt: skip
     """ValueError for flags that have no effect with this kind of model: the embedded one, or a pretrained one."""
     refuse(training, ("constrained",), "is an agent of its own here: --controls constrained")
+    check_engine(training, toy=model.model_name_or_path is None)
     if model.model_name_or_path is None:
         refuse(given, vars(given), PRETRAINED)
         refuse(search, ("generator", "generator_model"), PRETRAINED)
@@ -101,8 +103,8 @@ def check(arms: ArmArguments, search: SearchArguments, given: PretrainedArgument
         raise ValueError(
             "--controls constrained keeps a second copy of the model, which ZeRO does not: add --use_peft"
         )
-    if stage == 3 and arms.watch_every:
+    if (stage == 3 or engine(training) == "FSDP") and arms.watch_every:
         raise ValueError(
-            f"--watch_every {arms.watch_every}: under ZeRO-3 no process has the whole model while it trains"
+            f"--watch_every {arms.watch_every}: under ZeRO-3 and FSDP no process has the whole model while it trains"
         )
     check_quantised(model, training)

@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from ...arguments import json_object, refuse
 from ..base_model import check_quantised
+from ..whole import check_engine
 from .trainer import Part, PreferenceConfig, ReportConfig
 
 LEVELS = {"L0": "embeddings", "L1": "all", "L2": "all", "L3": "last_layer", "L4": "all"}
@@ -146,6 +147,7 @@ def check(args: PreferenceConfig, stage: StageArguments, model: ModelConfig, row
         raise ValueError("--packing puts several choices into one sequence, where they tell of each other")
     if args.part != "all":
         raise ValueError(f"--part {args.part} has no effect here: --levels says what is instilled where")
+    check_engine(args, toy=model.model_name_or_path is None)
     if model.model_name_or_path is not None:
         _check_pretrained(stage, model)
         check_quantised(model, args)

@@ -16,7 +16,7 @@ from ..processes import of_main
 from ..quantised import is_quantised
 from ..stream import Stream
 from ..training import anew, save_tuned
-from ..whole import joined, to_train
+from ..whole import to_train
 from .softmax import LengthSoftmax, save, use_length_softmax
 from .trainer import HintingConfig, HintingTrainer
 
@@ -168,8 +168,8 @@ def fit(
         use_length_softmax(model, softmax)
     trained, whole = to_train(model, args)
     trainer = HintingTrainer(trained, args, stream=stream, processing_class=tokenizer, peft_config=peft_config)
-    found = run_fit(trainer, folder)
-    tuned = joined(trainer, whole, peft_config).eval()
+    found = run_fit(trainer, folder, whole, peft_config)
+    tuned = found.model.eval()
     if isinstance(tuned, PeftModel) and softmax is not None:  # the softmax stands in the base's config
         tuned = tuned.merge_and_unload()
     of_main(lambda: save_tuned(tuned, tokenizer, folder / "model", save))
