@@ -19,9 +19,13 @@ class Cut(NamedTuple):
     body: Any
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # 5 would let some of many connections at once wait a second for their next try
+
+
 class FakeServer:
-    """`answer(path, asked)`: a status, a `Cut`, bytes as they are, or what is sent as JSON. `seen`: all that was asked,
-    `headers` with what."""
+    """`answer(path, asked)`: a status, a `Cut`, bytes as they are, or what is sent as JSON. `seen` holds all that was
+    asked, `headers` under which."""
 
     def __init__(self, answer: Answer) -> None:
         self.seen: list[tuple[str, dict[str, Any]]] = []
@@ -45,7 +49,7 @@ class FakeServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
@@ -59,7 +63,7 @@ class FakeServer:
 
 def said(**message: Any) -> dict[str, Any]:
     """An answer of /v1/chat/completions."""
-    return {"choices": [{"message": message, "finish_reason": "stop"}]}
+    return {"choices": [{"message": message}]}
 
 
 def writes(**models: tuple[Any, Any]) -> Answer:

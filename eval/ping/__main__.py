@@ -53,8 +53,9 @@ def agent_of(options: argparse.Namespace, name: str, url: str | None) -> ModelAg
 
 
 def episodes(
-    agent: ModelAgent | ServedAgent, name: str, sets: Mapping[str, Sequence[Task]]
+    options: argparse.Namespace, name: str, url: str | None, sets: Mapping[str, Sequence[Task]]
 ) -> dict[str, list[Episode]]:
+    agent = agent_of(options, name, url)
     return {
         label: run_episodes(tasks, agent, system=options.system or None)
         for label, tasks in tqdm(sets.items(), desc=Path(name).name, unit="set")
@@ -65,12 +66,10 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     """All that `results.json` holds; samples and the figure go to `options.out`."""
     sizes = {name: max(4, round(options.tasks * share)) for name, share in SETS.items()}
     sets = task_sets(OFFICE, {**sizes, "borderline": max(4, options.tasks // 4)}, options.seed)
-    urls = [*options.url, options.url[-1]] if options.url else [None, None]
-    names = {"before": options.before, **({"after": options.after} if options.after else {})}
-    found = {
-        when: episodes(agent_of(options, name, url), name, sets)
-        for (when, name), url in zip(names.items(), urls, strict=False)
-    }
+    urls = options.url or [None]
+    found = {"before": episodes(options, options.before, urls[0], sets)}
+    if options.after:
+        found["after"] = episodes(options, options.after, urls[-1], sets)
     for one in found.values():
         one[ALL] = list(chain.from_iterable(one[name] for name in SETS))
     results: dict[str, Any] = {
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             "--url takes one or two addresses, no --base, and needs --form: the chat template is the server's"
         )
-    if options.request and not options.url:
+    if options.request is not None and not options.url:
         parser.error("--request is for served models (--url)")
     with clear_errors(ValueError, OSError):
         results = score(options)

@@ -28,8 +28,8 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """`text`: the continuation alone, which is judged; `said`: what the turn becomes in the conversation; `tool_calls`:
-    calls that a server took out of the text, as OpenAI's interface has them."""
+    """`text`: the continuation alone, which is judged; `said`: what the turn becomes in the conversation;
+    `tool_calls`: calls that a server took out of the text, as OpenAI's interface has them."""
 
     text: str
     said: str
