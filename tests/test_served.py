@@ -1,13 +1,23 @@
 """Models behind a server: the client, evals that only need texts, and PING's agent, against a server on loopback."""
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from random import Random
 
 import pytest
+import torch
 from chat_models import CHAT, chat_model, chat_tokenizer
 from fake_server import FakeServer, said, writes
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_atlas_export import composed, low_rank
+from test_lofit_export import lofit as lofit_model
+from tiny_models import IDS, char_tokenizer, logits, tiny_llama
+from tiny_models import tiny as tiny_model
 
 from steerbook.data_builders.ping.calls import render_call
 from steerbook.data_builders.ping.desk import TOOLS
@@ -21,8 +31,12 @@ from steerbook.eval.lofit.__main__ import main as lofit
 from steerbook.eval.ping.__main__ import main as ping
 from steerbook.eval.ping.episodes import run_episodes
 from steerbook.eval.ping.served import ServedAgent
+from steerbook.eval.self_interpretability.reports import written_reports
 from steerbook.eval.task_hinting.__main__ import main as task_hinting
+from steerbook.trainers.atlas.export import export_folded
+from steerbook.trainers.lofit import export_merged
 from steerbook.trainers.ping import Prefix, ServerGuard
+from steerbook.trainers.quantised import absorbed
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +193,24 @@ def test_what_needs_more_than_texts_is_refused_before_anything_is_asked(tiny, se
         scored(lofit, [match], "another", tmp_path, "--url", served.url)
 
 
+@dataclass
+class Asked:
+    """A question of which a reply's length is the report."""
+
+    prompt: object
+
+    def read(self, text):
+        return [float(len(text))] if text else None
+
+
+def test_written_reports_of_a_served_model_are_those_of_the_model(tiny, served):
+    model, tokenizer, _ = tiny
+    questions = [Asked([{"role": "user", "content": f"How much is {n}?"}]) for n in range(3)] + [Asked("Plainly: ")]
+    there = written_reports(Endpoint(served.url, "tiny"), tokenizer, questions, new_tokens=7)
+    assert there == written_reports(model, tokenizer, questions, new_tokens=7)
+    assert len({text for text, _ in there}) > 1 and there[0][1] == [len(there[0][0])]
+
+
 # --- PING's agent --------------------------------------------------------------------------------------------------
 
 
@@ -284,3 +316,59 @@ def test_what_the_command_needs_to_know_of_a_server(tiny, served, capsys):
     asked = served.seen[0][1]
     assert asked["tool_choice"] == "none" and asked["chat_template_kwargs"] == {"x": 1} and "tools" not in asked
     assert asked["messages"][0]["role"] == "user"
+
+
+# --- what a server loads -------------------------------------------------------------------------------------------
+
+
+PLAIN = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "steerbook":
+            raise ImportError(f"{name} is not to be needed")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+ids, found = torch.tensor(json.loads(sys.argv[1])), {}
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        found[folder] = model.eval()(input_ids=ids).logits
+save_file(found, "logits.safetensors")
+assert not [name for name in sys.modules if name.partition(".")[0] in ("steerbook", "peft")]
+try:
+    import steerbook
+except ImportError:
+    print("all good")
+"""
+
+
+def test_exports_load_where_there_is_no_steerbook(tmp_path):
+    edited = lofit_model(tiny_llama())
+    renamed = lofit_model(tiny_model("qwen2"), component="offset")  # written as the Llama that it is equal to
+    export_merged(edited, char_tokenizer(), tmp_path / "lofit")
+    export_merged(renamed, char_tokenizer(), tmp_path / "lofit_qwen2")
+    whole, parts = composed(tiny_llama()), low_rank(tiny_llama())
+    export_folded(whole, char_tokenizer(), tmp_path / "atlas")
+    export_folded(parts, char_tokenizer(), tmp_path / "atlas_low_rank")
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = {"lofit": edited, "lofit_qwen2": renamed, "atlas": whole.model, "atlas_low_rank": parts.model,
+                "lora": lora}  # fmt: skip
+    expected = {name: logits(model.eval()) for name, model in expected.items()}
+    absorbed(lora).save_pretrained(tmp_path / "lora")
+    done = subprocess.run([sys.executable, "-c", PLAIN, json.dumps(IDS.tolist()), *expected], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("all good\n"), done.stderr[-2000:]
+    found = load_file(tmp_path / "logits.safetensors")
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=2e-5)
+        base = tiny_model("qwen2") if name == "lofit_qwen2" else tiny_llama()
+        assert (values - logits(base)).abs().max() > 0.05, name
