@@ -72,7 +72,7 @@ def test_texts_and_messages():
         assert endpoint.message(messages=[]) == {"content": "", "finish_reason": None}
 
 
-def test_what_fails_for_a_while_is_asked_again_and_what_stays_is_named():
+def test_what_fails_for_a_while_is_asked_again_and_what_stays_is_named(monkeypatch):
     answers = [500, 429, {"choices": [{"text": "late"}]}]
     with FakeServer(lambda *_: answers.pop(0)) as server:
         endpoint = Endpoint(server.url, "m", retries=2, wait=0.0)
@@ -88,8 +88,11 @@ def test_what_fails_for_a_while_is_asked_again_and_what_stays_is_named():
             answers[:] = [odd] * 3
             with pytest.raises(OSError, match=message):
                 endpoint.complete("a")
-    with pytest.raises(OSError, match="tried 2 times"):  # nobody listens there any more
-        Endpoint(server.url, "m", retries=1, wait=0.0).complete("a")
+    waits = []
+    monkeypatch.setattr("steerbook.endpoint.time.sleep", waits.append)
+    with pytest.raises(OSError, match="tried 4 times"):  # nobody listens there any more
+        Endpoint(server.url, "m").complete("a")
+    assert waits == [1, 2, 4]
     with pytest.raises(ValueError, match="'127.0.0.1:8000/v1' is no address"):
         Endpoint("127.0.0.1:8000/v1", "m")
 
@@ -311,11 +314,15 @@ def test_what_the_command_needs_to_know_of_a_server(tiny, served, capsys):
             ping([*flags, *more])
         assert "served models" in (error := capsys.readouterr().err) or "needs --form" in error
     assert served.seen == []
+    with pytest.raises(SystemExit, match="chat/completions: 404"):  # and the first one is not measured in vain
+        ping([*flags, "--after", "unknown", "--url", served.url, "--form", "hermes"])
+    assert len(served.seen) == 2
+    served.seen.clear()
     ping([*flags, "--url", served.url, "--form", "words", "--max_new_tokens", "1", "--template", '{"x": 1}',
           "--request", '{"tool_choice": "none"}', "--system", ""])  # fmt: skip
     asked = served.seen[0][1]
     assert asked["tool_choice"] == "none" and asked["chat_template_kwargs"] == {"x": 1} and "tools" not in asked
-    assert asked["messages"][0]["role"] == "user"
+    assert all(asked["messages"][0]["role"] == "user" for _, asked in served.seen) and len(served.seen) > 16
 
 
 # --- what a server loads -------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: max(4, round(options.tasks * share)) for name, share in SETS.items()}
     sets = task_sets(OFFICE, {**sizes, "borderline": max(4, options.tasks // 4)}, options.seed)
     urls = options.url or [None]
+    if options.url:  # an unknown name, or tools that a server does not take: before the work, not in its middle
+        for name, url in ((options.before, urls[0]), (options.after, urls[-1])):
+            if name:
+                agent_of(options, name, url).replies([[{"role": "user", "content": "Hello"}]])
     found = {"before": episodes(options, options.before, urls[0], sets)}
     if options.after:
         found["after"] = episodes(options, options.after, urls[-1], sets)
