@@ -19,7 +19,7 @@ from test_lofit_export import lofit as lofit_model
 from tiny_models import IDS, char_tokenizer, logits, tiny_llama
 from tiny_models import tiny as tiny_model
 
-from steerbook.data_builders.ping.calls import render_call
+from steerbook.data_builders.ping.calls import Call, render_call, served_call
 from steerbook.data_builders.ping.desk import TOOLS
 from steerbook.data_builders.ping.office import OFFICE
 from steerbook.data_builders.ping.tasks import FAMILIES, TEMPLATES, pairs
@@ -279,6 +279,21 @@ def test_calls_in_the_text_and_apart_from_it_are_judged_alike(pair):
         (broken,), _ = run(scripted(task, "tool_calls", broken=True), [task])
         assert (broken.outcome, broken.changed) == ("failed", False) and broken.errors == len(task.calls)
         assert task.calls[0].name in broken.replies[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ({"name": "finish", "arguments": '{"code": "done"}'}, Call("finish", {"code": "done"})),
+        ({"name": "finish", "arguments": {"code": "done"}}, Call("finish", {"code": "done"})),
+        ({"name": "finish"}, Call("finish", {})),
+        ({"name": "finish", "arguments": '{"code": '}, Call("finish", '{"code": ')),
+        ({"name": "finish", "arguments": "[1]"}, Call("finish", "[1]")),
+        (None, Call("", {})),
+    ],
+)
+def test_calls_as_the_interface_has_them(function, call):
+    assert served_call({"id": "1", "type": "function", "function": function}) == call
 
 
 def test_refusals_of_a_served_model():
