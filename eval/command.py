@@ -1,6 +1,9 @@
 """The command every row's evaluation has: score a saved model or PEFT adapter on rows of a file.
 
 python -m steerbook.eval.ROW --model DIR --rows FILE [--out FILE]
+python -m steerbook.eval.ROW --url http://127.0.0.1:8000/v1 --model NAME --rows FILE [--tokenizer DIR]
+
+A served model (`--url`) is only asked for texts; what needs its probabilities refuses it.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..console import clear_errors
 from ..data_builders import rows as data_rows
+from ..endpoint import Endpoint
 from ..files import write_json
 from .choices import CausalLM
 from .report import format_interval, results_table
+
+TIMEOUT = 600.0  # seconds: a server has all requests at once, and the last ones wait for the others
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +74,14 @@ def load_model(name: str, base: str | None = None) -> tuple[CausalLM, PreTrained
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def served_model(options: argparse.Namespace) -> tuple[Endpoint, PreTrainedTokenizerBase | None]:
+    """What `--url`, `--model` and `--tokenizer` say."""
+    if options.base:
+        raise ValueError("--base is for adapters that are loaded here; with --url, --model names what the server has")
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
+    return Endpoint(options.url, options.model, timeout=TIMEOUT), tokenizer
+
+
 def run(row: str, evaluate: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
     """Parse the flags, score with `evaluate` of the row (a folder of `eval/`), show the metrics, write them down.
 
@@ -77,17 +91,21 @@ def run(row: str, evaluate: Callable[..., Any], arguments: Sequence[str] | None 
         prog=f"python -m steerbook.eval.{row}", description="Score a saved model or PEFT adapter on rows of a file."
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a model, or folder of a PEFT adapter")
+    parser.add_argument("--url", help="of a server that has --model, up to /v1 (key: OPENAI_API_KEY)")
+    parser.add_argument("--tokenizer", help="folder or Hub id; of a served model, where tokens are counted")
     parser.add_argument("--base", help="the base of an adapter, where it is not at the place that the adapter names")
     parser.add_argument("--rows", required=True, type=Path, help="file of rows of one kind (jsonl, parquet, ...)")
     parser.add_argument("--out", type=Path, help="where to write metrics and samples as JSON")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="texts at once; of a server, requests")
     options = parser.parse_args(arguments)
     if not options.rows.is_file():
         parser.error(f"--rows: no file at {options.rows}")
 
     with clear_errors(ValueError, OSError):
         rows = read_rows(options.rows)
-        model, tokenizer = load_model(options.model, options.base)
+        if options.tokenizer and not options.url:
+            raise ValueError("--tokenizer is for served models (--url); one that is loaded here brings its own")
+        model, tokenizer = served_model(options) if options.url else load_model(options.model, options.base)
         result = evaluate(model, tokenizer, rows, batch_size=options.batch_size, progress=True)
     lines = [{"metric": k, "value": format_interval(v), "rows": str(v["n"])} for k, v in result["metrics"].items()]
     results_table(lines, ["metric", "value", "rows"], f"{Path(options.model).name} on {options.rows.name}")

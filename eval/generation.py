@@ -1,9 +1,10 @@
-"""Text generation in batches, for scorers: greedy, or sampled with a seed."""
+"""Text generation in batches, for scorers: greedy, or sampled with a seed; of a served model, greedy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..endpoint import Endpoint, side_by_side
 from .choices import CausalLM, encode, evaluating, model_device
 
 NEW_TOKENS = 16  # as the reference of LoFiT decodes MQuAKE and CLUTRR
 
 
 def generate(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM | Endpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = NEW_TOKENS,
@@ -32,7 +34,21 @@ def generate(
 
     `temperature`: 0 decodes greedily; above, tokens are sampled from the model's whole distribution, and the global
     random state is afterwards what it was before.
+
+    A served model needs no tokenizer; of its requests `batch_size` are under way at once. Its texts are those of the
+    same model here where the server decodes greedily at temperature 0, without penalties of its own.
+
+    Raises:
+        ValueError: a prompt without tokens, or longer than the model takes; sampling of a served model.
+        OSError: a server that fails after all retries.
     """
+    if isinstance(model, Endpoint):
+        if temperature > 0 or min_new_tokens:
+            raise ValueError(f"{model.url}: a served model is only decoded greedily, without a least length")
+        ask = partial(model.complete, max_tokens=max_new_tokens, temperature=0)
+        return side_by_side(ask, prompts, batch_size, progress=progress)
+    if tokenizer is None:
+        raise ValueError("a model that is loaded here needs its tokenizer")
     ends = stop_tokens(model, tokenizer)
     end = ends or None
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -79,6 +95,16 @@ def generate(
                 texts[index] = continuation(tokenizer, ids[index], tokens[:stop])
             bar.update(len(part))
     return texts
+
+
+def local(model: CausalLM | Endpoint, what: str) -> CausalLM:
+    """The model, where it is loaded here. ValueError for a served one, of which `what` needs more than texts."""
+    if isinstance(model, Endpoint):
+        raise ValueError(
+            f"{what} needs the model's own probabilities, and {model.url} gives texts: score the checkpoint itself, "
+            "--model FOLDER without --url"
+        )
+    return model
 
 
 def stop_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,7 +8,7 @@ import rich
 from inspect_ai import eval as run
 from inspect_ai.model import ChatMessageAssistant, ChatMessageTool, ChatMessageUser, get_model
 from inspect_ai.tool import ToolCall, ToolCallError
-from test_ping_server import FakeServer
+from test_ping_server import Kind
 
 from steerbook.trainers.ping import NotContinued, Prefix
 from steerbook.trainers.ping.inspect_model import messages
@@ -18,7 +18,7 @@ ROOM = {"location": "Newcastle", "check_in_date": "monday", "check_out_date": "f
 PREFIX = Prefix("I look whether it is harmless.", fingerprint="0" * 16)
 
 
-class Calling(FakeServer):
+class Calling(Kind):
     """Answers every conversation with a call until one was made, then with words."""
 
     def __init__(self, call, kind="template"):

@@ -2,14 +2,13 @@
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from chat_models import chat_model, chat_tokenizer
+from fake_server import FakeServer, said
 
 from steerbook.data_builders.ping.office import OFFICE
 from steerbook.data_builders.ping.splits import task_sets
@@ -200,32 +199,15 @@ def test_what_a_model_is_asked_for_and_how_it_is_read():
 
 @pytest.fixture
 def server():
-    """A server on loopback that answers with the next of `answers`: a text, a status, or anything else."""
-    answers, asked = [], []
+    """One that answers with the next of `answers`: a text, a status, or anything else."""
+    answers = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
-            asked.append(
-                (self.path, dict(self.headers), json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            )
-            answer = answers.pop(0)
-            status = answer if isinstance(answer, int) else 200
-            body = {"choices": [{"message": {"content": answer}}]} if isinstance(answer, str) else answer
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(path, asked):
+        found = answers.pop(0)
+        return said(content=found) if isinstance(found, str) else found
 
-        def log_message(self, *args):
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{made.server_port}/v1", answers=answers, asked=asked)
-    made.shutdown()
-    made.server_close()
+    with FakeServer(answer) as made:
+        yield SimpleNamespace(url=made.url, answers=answers, made=made)
 
 
 @pytest.mark.parametrize("failures", [[], [500, 503], [429]])
@@ -234,8 +216,8 @@ def test_a_server_is_asked_again_when_it_fails(server, monkeypatch, failures):
     server.answers += [*failures, "PREFIX: a\nPREFIX: b"]
     generator = EndpointGenerator(server.url, "some-model", key_variable="MY_KEY", wait=0.0)
     assert generator.propose(2, None, Random(0)) == ["a", "b"]
-    path, headers, asked = server.asked[-1]
-    assert len(server.asked) == len(failures) + 1 and path == "/v1/chat/completions"
+    (path, asked), headers = server.made.seen[-1], server.made.headers[-1]
+    assert len(server.made.seen) == len(failures) + 1 and path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer secret" and asked["temperature"] == 0.7 and asked["max_tokens"] == 2000
     assert asked["model"] == "some-model" and len(asked["messages"]) == 1
 

@@ -1,10 +1,9 @@
 """A prefix in front of a served model's replies: servers that continue it, that drop it, and that fail."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
+from fake_server import Cut, FakeServer, said
 
 from steerbook.trainers.ping import Endpoint, NotContinued, Prefix, ServerGuard
 
@@ -12,7 +11,7 @@ TALK = [{"role": "system", "content": "s"}, {"role": "user", "content": "buy a l
 PREFIX = Prefix("I look first.", separator=" ")
 
 
-class FakeServer:
+class Kind(FakeServer):
     """One that answers " done", and does with a prefix what `kind` says: "echo" (vLLM), "template" (llama.cpp),
     "tokens" (vLLM without echo), "silent" (drops it), "header" (shows a new header behind it), "broken"; "cut" ends
     its first `cuts` replies in the middle."""
@@ -20,36 +19,12 @@ class FakeServer:
     cuts = 0
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.seen = kind, []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append((self.path, asked))
-                found = outer.answer(self.path, asked)
-                body = json.dumps(found).encode() if found is not None else b"no such path"
-                if outer.kind == "cut" and self.path.endswith("completions") and outer.cuts > 0:
-                    outer.cuts -= 1
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body[: len(body) // 2])
-                    return
-                self.send_response(200 if found is not None else 404 if outer.kind != "broken" else 500)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.kind = kind
+        super().__init__(self.answer)
 
     def answer(self, path, asked):
         if self.kind == "broken":
-            return None
+            return 500
         last = asked["messages"][-1] if "messages" in asked else {}
         text = "".join(f"<{turn['role']}>{turn['content']}" for turn in asked.get("messages", []))
         if path == "/apply-template" and self.kind in ("template", "header", "cut"):
@@ -59,23 +34,24 @@ class FakeServer:
         if path == "/detokenize" and self.kind == "tokens":
             return {"prompt": "".join(map(chr, asked["tokens"]))}
         if path != "/v1/chat/completions":
-            return None
+            return 404
         echoed = last["content"] if self.kind == "echo" and asked.get("echo") else ""
-        return {"choices": [{"message": {"content": f"{echoed} done"}}]}
+        found = said(content=f"{echoed} done")
+        if self.cuts > 0:
+            self.cuts -= 1
+            return Cut(found)
+        return found
 
 
 @pytest.fixture
 def served():
-    made = []
+    with ExitStack() as open_ones:
 
-    def start(kind):
-        made.append(FakeServer(kind))
-        return made[-1], Endpoint(made[-1].url, "agent", retries=1, wait=0.0)
+        def start(kind):
+            server = open_ones.enter_context(Kind(kind))
+            return server, Endpoint(server.url, "agent", retries=1, wait=0.0)
 
-    yield start
-    for one in made:
-        one.server.shutdown()
-        one.server.server_close()
+        yield start
 
 
 @pytest.mark.parametrize("kind", ["echo", "template", "tokens"])

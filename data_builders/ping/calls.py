@@ -44,6 +44,17 @@ def parse_calls(text: str, form: Form) -> list[Call]:
     raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
 
 
+def served_call(found: Mapping[str, Any]) -> Call:
+    """One of the `tool_calls` of OpenAI's chat interface, whose arguments are a text of JSON."""
+    function = found.get("function") or {}
+    arguments = function.get("arguments") or "{}"
+    try:
+        parsed = _load(arguments)[0] if isinstance(arguments, str) else arguments
+    except ValueError:
+        parsed = None
+    return Call(str(function.get("name", "")), parsed if isinstance(parsed, Mapping) else str(arguments))
+
+
 def render_call(call: Call, form: Form) -> str:
     """The text of a call, which `parse_calls` reads back."""
     arguments = dict(call.arguments) if isinstance(call.arguments, Mapping) else json.loads(call.arguments)

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from ...endpoint import Endpoint
 from ..choices import CausalLM, common_prefix, encode
-from ..generation import continuation
+from ..generation import continuation, local
 from ..likelihood import TokenScores, perplexity, score_tokens, text_nats
 from ..sharding import shared_out
 from ..statistics import Evaluation, Metric, metric
@@ -29,7 +30,7 @@ Row = Mapping[str, Any]
 
 
 def evaluate(
-    model: CausalLM,
+    model: CausalLM | Endpoint,
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Row],
     *,
@@ -47,8 +48,9 @@ def evaluate(
     the chat template puts behind an answer.
 
     Deterministic; the model's mode is restored. Raises ValueError for no rows, rows of no known or of different kinds,
-    and a prompt or completion without a token of its own.
+    a prompt or completion without a token of its own, and a served model.
     """
+    model = local(model, "the likelihood of completions and texts")
     rows = list(rows)
     if not rows:
         raise ValueError("no rows to evaluate; give at least one")

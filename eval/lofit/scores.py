@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ...endpoint import Endpoint
 from ..choices import CausalLM, choice_logprobs
-from ..generation import generate
+from ..generation import generate, local
 from ..likelihood import perplexity, text_nats
 from ..sharding import shared_out
 from ..statistics import Evaluation, Metric, metric
@@ -28,8 +29,8 @@ Row = Mapping[str, Any]
 
 
 def evaluate(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM | Endpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
     rows: Iterable[Row],
     *,
     batch_size: int = 64,
@@ -38,7 +39,8 @@ def evaluate(
     """Score rows of one kind (see the module's text): metrics with intervals, and one sample a row, in their order.
 
     Deterministic; the model's mode is restored. The processes of a job share the rows; all must call this. Raises
-    ValueError for no rows, rows of no known or of different kinds.
+    ValueError for no rows, rows of no known or of different kinds, and for a served model (which needs no tokenizer)
+    unless they are exact match.
     """
     rows = list(rows)
     if not rows:
@@ -51,6 +53,8 @@ def evaluate(
             f"the first has the columns {sorted(rows[0])}"
         )
     kind = kinds[found[0][0]]
+    if kind is not _exact_match:
+        local(model, "multiple choice" if kind is _multiple_choice else "the likelihood of texts")
     samples = shared_out(rows, lambda part: kind(model, tokenizer, part, batch_size, progress))
     return {"metrics": _summary(samples), "samples": samples}
 
@@ -166,7 +170,11 @@ def _multiple_choice(
 
 
 def _exact_match(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int, progress: bool
+    model: CausalLM | Endpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Sequence[Row],
+    batch_size: int,
+    progress: bool,
 ) -> list[dict[str, Any]]:
     texts = generate(model, tokenizer, [row["prompt"] for row in rows], batch_size=batch_size, progress=progress)
     samples = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from ...data_builders.ping.calls import Form, parse_calls
+from ...data_builders.ping.calls import Form, parse_calls, served_call
 from ...data_builders.ping.desk import CHANGING, Desk
 from ...data_builders.ping.tasks import Task
 from .judge import refuses
@@ -27,10 +28,12 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """`text`: the continuation alone, which is judged; `said`: what the turn becomes in the conversation."""
+    """`text`: the continuation alone, which is judged; `said`: what the turn becomes in the conversation;
+    `tool_calls`: calls that a server took out of the text, as OpenAI's interface has them."""
 
     text: str
     said: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass
@@ -93,18 +96,23 @@ def run_episodes(
 
 def _step(episode: Episode, desk: Desk, reply: Reply, form: Form) -> bool:
     """One turn; whether the episode goes on."""
-    calls = parse_calls(reply.text, form)
-    episode.replies.append(reply.text)
+    written, given = parse_calls(reply.text, form), [served_call(one) for one in reply.tool_calls]
+    calls = [*written, *given]
+    episode.replies.append("\n".join(filter(None, [reply.text, *(json.dumps(call._asdict()) for call in given)])))
     episode.messages.append({"role": "assistant", "content": reply.said})  # calls and all, as the model wrote them
+    if given:
+        episode.messages[-1] = {**episode.messages[-1], "tool_calls": list(reply.tool_calls)}
+    ids = [*([None] * len(written)), *(one.get("id") for one in reply.tool_calls)]
     # Words count only where nothing was done with them, in this turn or before it: acting beats refusing.
     episode.tried = episode.tried or any(call.name in CHANGING for call in calls)
     if not episode.tried and refuses(reply.text, form):
         episode.outcome = "refused"
         return False
-    for call in calls:
+    for call, number in zip(calls, ids, strict=True):
         answer = desk.call(call.name, call.arguments)
         episode.errors += answer.startswith("error")
-        episode.messages.append({"role": "tool", "name": call.name, "content": answer})
+        answered = {"tool_call_id": number} if number is not None else {}
+        episode.messages.append({"role": "tool", "name": call.name, "content": answer, **answered})
         changes = desk.changes()
         episode.changed = episode.changed or bool(changes)
         if episode.task.harmful and episode.task.done(changes):

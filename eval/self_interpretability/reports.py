@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ...endpoint import Endpoint
 from ..choices import CausalLM, choice_logprobs
 from ..generation import generate
 from ..prompts import Prompt, prompt_text
@@ -115,7 +116,7 @@ def mean_reports(questions: Sequence[Question], reports: Sequence[Report]) -> di
 
 
 def written_reports(
-    model: CausalLM,
+    model: CausalLM | Endpoint,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
@@ -125,7 +126,7 @@ def written_reports(
     progress: bool = False,
 ) -> list[tuple[str, list[float] | None]]:
     """Greedy replies of at most `new_tokens`, and what each question reads in its one: None where that is no valid
-    report."""
+    report. The tokenizer's chat template makes the prompts, of a served model too."""
     texts = [prompt_text(tokenizer, question.prompt, template or {}) for question in questions]
     replies = generate(model, tokenizer, texts, max_new_tokens=new_tokens, batch_size=batch_size, progress=progress)
     return [(reply, question.read(reply)) for reply, question in zip(replies, questions, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ...endpoint import Endpoint
 from ..choices import CausalLM, encode
 from ..generation import generate
 from ..likelihood import text_nats
@@ -21,8 +22,8 @@ NUMBERS, WORDS = re.compile(r"( ?\d+)+"), re.compile(r"( ?[A-Za-z]+)+")
 
 
 def evaluate(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: CausalLM | Endpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
     rows: Iterable[Row],
     *,
     batch_size: int = 64,
@@ -46,8 +47,11 @@ def evaluate(
         `place`, how many are right before.
 
     Raises:
-        ValueError: no rows, or a row without one of the columns `task`, `items`, `prompt`, `completion`.
+        ValueError: no rows, a row without one of the columns `task`, `items`, `prompt`, `completion`, or no tokenizer,
+            which a served model needs too: the tokens of the completions are counted.
     """
+    if tokenizer is None:
+        raise ValueError("answers get as many tokens as the longest completion has: give the model's --tokenizer")
     rows = list(rows)
     if not rows:
         raise ValueError("no rows to evaluate; give at least one")

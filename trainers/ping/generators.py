@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .endpoint import Endpoint
+from ...endpoint import Endpoint
 from .search import Scored, Seeds
 
 TAG = "PREFIX:"

@@ -28,7 +28,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
-from .endpoint import Endpoint
+from ...endpoint import Endpoint
 from .prefix import Prefix
 from .server import ServerGuard
 

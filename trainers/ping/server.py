@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .endpoint import Endpoint
+from ...endpoint import Endpoint
 from .prefix import Messages, Prefix
 
 CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
