@@ -64,7 +64,8 @@ def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list
     }  # fmt: skip
     if engine in ("one", "ddp", "zero2"):  # the others are refused: test_quantised.py
         found["hinting_4bit"] = [*hinting, "--arms", "hint", *LORA, "--load_in_4bit", "true"]
-    if engine in ("one", "ddp"):  # the others are refused: test_atlas_recipe.py
+    if engine in ("one", "ddp"):  # the others are refused
+        found["ping_constrained"] = [*found["ping"], "--controls", "constrained", "--rounds", "1"]
         found["atlas"] = ["atlas", "--base", str(world / "base"), "--task_vectors", f"first={world}/vectors/first",
                           f"second={world}/vectors/second", "--tasks", f"first={world}/first.jsonl",
                           f"second={world}/second.jsonl", "--arms", "alpha", "atlas", "finetune", "--max_steps", "5",
