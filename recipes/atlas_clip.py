@@ -33,6 +33,7 @@ from steerbook.eval.atlas.report import read_records, show, write_report
 from steerbook.eval.atlas.summary import Results
 from steerbook.eval.environment import peak_memory
 from steerbook.eval.report import RunFolder
+from steerbook.eval.sharding import shared_out
 from steerbook.trainers.atlas.arguments import arm_key
 from steerbook.trainers.atlas.checks import check_launch, check_vectors
 from steerbook.trainers.atlas.dry_run import check_engine, dense_composing, show_composing
@@ -164,8 +165,10 @@ def run_seed(argv: list[str], seed: int, report: Any) -> None:
         raise ValueError(f"no task vector is called like a task: {', '.join(vectors)} and {', '.join(tasks)}")
 
     def measured(model: Any, rows: Any) -> Any:
-        logits = zero_shot.logits(model, rows, settings.recipe.eval_batch_size)
-        return classify(rows.remove_columns("image"), logits)
+        def work(places: Any) -> list[Any]:
+            return list(zero_shot.logits(model, rows.select(places), settings.recipe.eval_batch_size))
+
+        return classify(rows.remove_columns("image"), shared_out(range(len(rows)), work))
 
     def score(model: Any, rows: Any) -> tuple[float, float]:
         metrics = measured(model, rows)["metrics"]

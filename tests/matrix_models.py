@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from chat_models import CHAT
 from safetensors.torch import load_file, save_file
+from test_atlas_clip import save_clip_world
 from test_ping_pretrained import save_family
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -43,6 +44,7 @@ def make_world(folder: Path) -> Path:
     (folder / "qwen25_7b").rename(folder / "agent")
     for split, start, count in (("train", 0, 12), ("val", 20, 3), ("test", 40, 5)):
         write(folder / "mquake" / f"{split}.jsonl", [mquake(number) for number in range(start, start + count)])
+    save_clip_world(folder / "clip", ["a photo of a {}."])
     write(folder / "contexts.jsonl", [
         {"short_name": f"c{number}", "question": f"As {number}?",
          "attributes": [{"name": f"{name}{number}", "units": "", "range": [0, 9]} for name in "wh"]}

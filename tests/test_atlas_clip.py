@@ -488,6 +488,26 @@ def test_smoke_preset_with_accelerate(recipe, tmp_path, cache, capsys):
     assert "is finished; these are its results" in capsys.readouterr().out
 
 
+def save_clip_world(folder, templates):
+    """A tiny CLIP in `folder/base`, two fine-tuned towers, and images of cats and dogs for both."""
+    texts = image_data.class_rows("t", ["cat", "dog"], [t.partition("=")[2] or t for t in templates])
+    tokenizer = word_tokenizer([text for row in texts for text in row["prompts"]])
+    clip = new_clip(tokenizer, TinyClipConfig(hidden_size=16, layers=2, heads=2, max_tokens=32), 0)
+    for part in (clip, tokenizer, image_processor(8)):
+        part.save_pretrained(folder / "base")
+    for number, name in enumerate(("mnist", "cars")):
+        tuned = copy.deepcopy(clip.vision_model)
+        for parameter in tuned.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        tuned.save_pretrained(folder / f"{name}_tower")
+        draw = np.random.default_rng(number)
+        for label in ("cat", "dog"):
+            (folder / name / label).mkdir(parents=True)
+            for n in range(20):
+                pixels = draw.integers(0, 255, (9, 10, 3), dtype=np.uint8)
+                Picture.fromarray(pixels).save(folder / name / label / f"{n}.png")
+
+
 def test_the_config_runs_on_a_tiny_clip(recipe, tmp_path, capsys):
     path = ROOT / "recipes" / "configs" / "atlas" / "clip_vit_b32.yaml"
     lines = path.read_text()
@@ -498,22 +518,7 @@ def test_the_config_runs_on_a_tiny_clip(recipe, tmp_path, capsys):
     settings = recipe.parse(["--config", str(path)])
     assert settings.training.weight_decay == 0.1 and settings.training.crop_scale == 0.5 and settings.training.flip
 
-    texts = image_data.class_rows("t", ["cat", "dog"], [t.partition("=")[2] or t for t in settings.data.templates])
-    tokenizer = word_tokenizer([text for row in texts for text in row["prompts"]])
-    clip = new_clip(tokenizer, TinyClipConfig(hidden_size=16, layers=2, heads=2, max_tokens=32), 0)
-    for part in (clip, tokenizer, image_processor(8)):
-        part.save_pretrained(tmp_path / "base")
-    for number, name in enumerate(("mnist", "cars")):
-        tuned = copy.deepcopy(clip.vision_model)
-        for parameter in tuned.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-        tuned.save_pretrained(tmp_path / f"{name}_tower")
-        draw = np.random.default_rng(number)
-        for label in ("cat", "dog"):
-            (tmp_path / name / label).mkdir(parents=True)
-            for n in range(20):
-                pixels = draw.integers(0, 255, (9, 10, 3), dtype=np.uint8)
-                Picture.fromarray(pixels).save(tmp_path / name / label / f"{n}.png")
+    save_clip_world(tmp_path, settings.data.templates)
     argv = ["--config", str(path), "--preset", "smoke", "--base", str(tmp_path / "base"),
             "--task_vectors", *(f"{name}={tmp_path / name}_tower" for name in ("mnist", "cars")),
             "--tasks", *(f"{name}={tmp_path / name}" for name in ("mnist", "cars")),

@@ -70,6 +70,14 @@ def cases(world: Path, out: Path, processes: int, engine: str) -> dict[str, list
                           f"second={world}/vectors/second", "--tasks", f"first={world}/first.jsonl",
                           f"second={world}/second.jsonl", "--arms", "alpha", "atlas", "finetune", "--max_steps", "5",
                           "--per_device_train_batch_size", rows, *common]  # fmt: skip
+        clip = world / "clip"
+        found["atlas_clip"] = [
+            *"atlas_clip --preset smoke --sections addition --arms alpha atlas --max_steps 5".split(),
+            *"--crop_scale 1 --flip false --templates".split(), "a photo of a {}.", "--base", str(clip / "base"),
+            "--task_vectors", *(f"{name}={clip}/{name}_tower" for name in ("mnist", "cars")),
+            "--tasks", *(f"{name}={clip}/{name}" for name in ("mnist", "cars")),
+            "--per_device_train_batch_size", rows, *common,
+        ]  # fmt: skip
     return {name: [*flags, "--output_dir", str(out / name)] for name, flags in found.items()}
 
 
