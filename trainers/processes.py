@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -12,31 +11,34 @@ from torch import distributed
 from ..files import is_main_process
 
 Found = TypeVar("Found")
+KINDS = (OSError, ValueError, FloatingPointError)  # which recipes tell without a traceback
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "steerbook")  # which results depend on
 
 
 def of_main(work: Callable[[], Found]) -> Found:
-    """What `work` returns in the first process, in all of them, or what it raises there. All must call it."""
+    """What `work` returns in the first process, in all of them. All must call it.
+
+    Raises:
+        What `work` raises, in the first process; in the others an error of its kind (`KINDS`) with its text.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return work()
     box: list[Any] = [None, None]
+    raised = None
     if is_main_process():
         try:
             box[0] = work()
-        except Exception as error:  # raised in every process, in the others as text if it does not travel
-            box[1] = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        except Exception as error:  # raised below, when the others know of it; not sent, as not every error travels
+            raised = error
+            box[1] = [isinstance(error, kind) for kind in KINDS], str(error)
     distributed.broadcast_object_list(box)
+    if raised is not None:
+        raise raised
     if box[1] is not None:
-        raise box[1]
+        kinds, text = box[1]
+        raise next((kind for kind, is_one in zip(KINDS, kinds, strict=True) if is_one), RuntimeError)(text)
     found: Found = box[0]
     return found
-
-
-def _travels(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:  # whatever its __init__ or __reduce__ raises
-        return False
 
 
 def check_versions() -> None:
